@@ -1,0 +1,199 @@
+"""The command line: one command per stage, each running what comes before it, or finding it in the cache."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from controlllm import __version__
+from controlllm.errors import one_line
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as workflows/recipes/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as train.lr=1e-4 or mix.datasets.0.rows=500."),
+]
+
+app = typer.Typer(
+    help=(
+        "Control LLM: teach a language model something new without losing what it knows.\n\n"
+        "Start with the demo, which runs on a laptop's CPU:\n\n"
+        "  controlllm finetune workflows/recipes/demo.yaml\n\n"
+        "A recipe says what a run does; any key can be changed behind it (train.steps=50). Each command first runs the "
+        "stages before its own, or finds their output in the cache: run it again and it goes on where it stopped."
+    ),
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="See and check what a recipe says: show, check, schema.", rich_markup_mode="markdown")
+app.add_typer(config_app, name="config", rich_help_panel="Before a run")
+
+# stage: (what it does, an example, what comes next)
+STAGES = {
+    "finetune": ("Run all stages: from the base model to the report.", "", "open runs/<name>/report.html"),
+    "ingest": ("Get the base model and the rows of every dataset.", "mix.datasets.0.rows=500", "controlllm prepare"),
+    "prepare": ("Tokenise the rows and pack them.", "pack.context_length=512", "controlllm train"),
+    "train": ("Train the twins, on from the newest checkpoint if any.", "train.steps=50", "controlllm consolidate"),
+    "consolidate": ("Write the tuned model as a Hugging Face folder.", "", "controlllm benchmark"),
+    "benchmark": ("Measure the new skill and the old, before and after.", "benchmark.items=20", "controlllm smoke"),
+    "smoke": ("Load the tuned model in vLLM and compare its tokens.", "smoke.prompts=2", "controlllm report"),
+    "report": ("Write one HTML page with what was learned and what was forgotten.", "", "open runs/<name>/report.html"),
+}
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere in the command.")] = False,
+) -> None:
+    """Both are taken out of the arguments by `main`; they are here to be listed."""
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(recipe: Recipe, overrides: Overrides = None) -> None:
+        config = _checked(recipe, overrides or [])
+        from controlllm.pipeline import run
+
+        run(config, until="report" if stage == "finetune" else stage)
+
+    return command
+
+
+for _stage, (_what, _example, _next) in STAGES.items():
+    _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
+    _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
+    app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
+
+
+@config_app.command("show")
+def show(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the whole config, defaults included, as YAML: itself a recipe.
+
+    Example: `controlllm config show workflows/recipes/demo.yaml train.lr=1e-4 > mine.yaml`
+
+    Next: `controlllm config check mine.yaml`
+    """
+    from controlllm.config import load_config
+    from controlllm.recipe import write
+
+    print(write(load_config(recipe, *(overrides or [])).model_dump(mode="json")), end="")
+
+
+@config_app.command("check")
+def check(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Look for everything that can be known to be wrong before any work starts.
+
+    Example: `controlllm config check workflows/recipes/demo.yaml control.num_expanded=6`
+
+    Next: `controlllm finetune workflows/recipes/demo.yaml control.num_expanded=6`
+    """
+    config = _checked(recipe, overrides or [])
+    names = ", ".join(dataset.name for dataset in config.mix.datasets)
+    print(f"ok: {config.name}: {config.model.name} learns {names} in {config.train.steps} steps")
+
+
+@config_app.command("schema")
+def schema(table: Annotated[bool, typer.Option("--table", help="A table to read, instead of JSON.")] = False) -> None:
+    """Print every key a recipe can have: JSON schema for an editor, or a table.
+
+    Example: `controlllm config schema --table`
+
+    Next: `controlllm config show workflows/recipes/demo.yaml`
+    """
+    import json
+
+    from controlllm.config import RunConfig
+
+    tree = RunConfig.model_json_schema()
+    if table:
+        from controlllm.schema_table import print_table
+
+        print_table(tree)
+    else:
+        print(json.dumps(tree, indent=2, ensure_ascii=False))
+
+
+@app.command("datasets", rich_help_panel="Before a run")
+def datasets() -> None:
+    """List the datasets that a recipe can name.
+
+    Example: `controlllm datasets`
+
+    Next: name one under `mix.datasets`, or give your own file with `source` and `format`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from controlllm.data.catalog import CATALOG, dataset_names
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in dataset_names():
+        entry = CATALOG[name]
+        table.add_row(name, f"{' '.join(entry.description.split())}\n{entry.source}\nlicence: {entry.license}")
+    Console(highlight=False, markup=False).print(table)
+
+
+def _checked(recipe: str, overrides: list[str]) -> Any:
+    from controlllm.config import load_config
+
+    config = load_config(recipe, *overrides)
+    from controlllm.preflight import check as preflight  # after the recipe's own mistakes, which need less
+
+    preflight(config, recipe=recipe, overrides=overrides)
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a mistake is one line on stderr and exit code 1, or 2 if the command itself is wrong."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"] or ["--help"]
+    if args == ["--version"]:
+        print(f"controlllm {__version__}")
+        return 0
+    try:
+        code = app(args, prog_name="controlllm", standalone_mode=False)
+        _flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        return 1
+    except Exception as error:  # noqa: BLE001 - the one place that turns any error into a line
+        if debug:
+            traceback.print_exc()
+        return _complain(*_one_line(error))
+    if code == 130:  # typer's answer to Ctrl-C
+        return _complain("stopped; the same command goes on from the newest checkpoint", 130)
+    return code or 0
+
+
+def _flush() -> None:
+    """A full disk behind stdout is told now, and not by the interpreter at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _one_line(error: Exception) -> tuple[str, int]:
+    """What to say, and the exit code."""
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "controlllm"
+        return f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {command} --help", 2
+    return one_line(error), 1
+
+
+def _complain(message: str, code: int) -> int:
+    """One line, whatever a file name or a value in it holds."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""What a run does, as one frozen tree: `load_config("demo.yaml", "train.lr=1e-4")` builds it.
+
+Nothing here imports torch, so that a mistake is reported within a second.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from controlllm.errors import UserError
+from controlllm.mistakes import explain
+from controlllm.recipe import Source, read
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _yaml_exponent(value: Any) -> Any:
+    """YAML 1.1 readers (pyflyte's is one) hand over `1e-4` as text; everyone who writes it means the number."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _no_flag(value: Any) -> Any:
+    """`true` equals 1 in Python, but nobody who writes it means the number."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_yaml_exponent), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Positive = Annotated[PositiveInt, Field(le=10**12)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Config(BaseModel):
+    """A frozen section; an unknown key and a value of another type are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Config):
+    """The base model."""
+
+    name: str = Field(min_length=1)
+    """A directory, a Hugging Face id, or `pkg://package/file.gguf` for weights that an installed package ships."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Storage of the frozen weights while training; what is trained is always kept in float32."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Kernel, by transformers' name for it."""
+
+
+class ControlConfig(Config):
+    """Which blocks get a trainable twin, and how the pair is held together (arXiv 2501.10979)."""
+
+    layout: Literal["concat", "stack", "hybrid"] = "concat"
+    """concat runs the twin beside the frozen block, stack after it, hybrid alternates."""
+    num_expanded: Positive = 8
+    """Number of sites E; with an explicit list of sites it must be the list's length."""
+    sites: Literal["evenly", "top", "every_nth_of_top"] | list[Count] = "evenly"
+    """Where the twins stand; a list gives the layer indices themselves."""
+    interpolation: Literal["lerp", "dlerp", "dlerpin", "slerp", "moe", "prog", "proj", "none"] = "lerp"
+    """How the outputs of block and twin are blended; none takes the twin's alone."""
+    alpha: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """Weight of the twin's output at the start."""
+    train_alpha: bool = True
+    """Whether that weight is learned."""
+    divergence: Literal["mse", "cosine", "dot", "attention", "none"] = "mse"
+    """Loss that holds the twin's output near the frozen block's."""
+    divergence_weight: Annotated[Number, Field(ge=0)] = 1.0
+    """Its weight beside the cross-entropy."""
+    detach_teacher: bool = True
+    """Whether the divergence's gradient stops at the frozen block's output."""
+
+    @model_validator(mode="after")
+    def _sites_match(self) -> "ControlConfig":
+        if isinstance(self.sites, list):
+            if self.sites != sorted(set(self.sites)):
+                raise ValueError(f"sites {self.sites} must be ascending and without repeats")
+            if len(self.sites) != self.num_expanded:
+                raise ValueError(f"num_expanded is {self.num_expanded} but sites lists {len(self.sites)} layers")
+        return self
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters instead of twins."""
+
+    rank: Positive = 16
+    """Inner width of an adapter."""
+    alpha: Annotated[Number, Field(gt=0)] = 32.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while training."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+
+
+class QuantizationConfig(Config):
+    """Storage of the frozen weights in fewer bits."""
+
+    kind: Literal["nf4", "int8"] = "nf4"
+    """4-bit NormalFloat or 8-bit integers."""
+
+
+class PackConfig(Config):
+    """How rows become packed token rows: everything here changes tokens on disk, and nothing else lives here."""
+
+    context_length: Positive = 8192
+    """Tokens per packed row."""
+    strategy: Literal["best_fit", "none"] = "best_fit"
+    """best_fit fills each row with whole documents; none puts one document into each row."""
+    overlong: Literal["split", "drop", "truncate", "error"] = "error"
+    """What happens to a document longer than the context."""
+    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the documents, chosen by their content, that is kept back for validation and never trained on."""
+
+
+class DatasetConfig(Config):
+    """One dataset of the mix: a name from the catalog, or a source and how its fields are to be read."""
+
+    name: Name
+    """Of the catalog (`controlllm datasets`), or any name for a source of your own."""
+    source: str | None = None
+    """`file://`, `pkg://package/path` or a path, for a dataset that the catalog does not have."""
+    format: Literal["messages", "prompt_completion", "text"] | None = None
+    """What a row of the source holds."""
+    fields: dict[str, str] = {}
+    """What the source calls the fields: `{prompt: question, completion: answer}`."""
+    rows: Positive | None = None
+    """Rows to take; all when left out."""
+    seed: Count = 0
+    """Which rows a procedural source makes."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Share of this dataset's tokens in the mix, relative to the others'."""
+
+    @model_validator(mode="after")
+    def _source_has_format(self) -> "DatasetConfig":
+        if (self.source is None) != (self.format is None):
+            raise ValueError("source and format go together: give both for your own data, neither for a catalog name")
+        return self
+
+
+class MixConfig(Config):
+    """What is trained on."""
+
+    datasets: list[DatasetConfig] = Field(min_length=1)
+    """One or more."""
+    seed: Count = 0
+    """Order of the packed rows."""
+
+    @model_validator(mode="after")
+    def _names_once(self) -> "MixConfig":
+        names = [dataset.name for dataset in self.datasets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"datasets names {', '.join(twice)} more than once")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW and the clipping of gradients."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps its state in 8 bits."""
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of gradients."""
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Applied to matrices only."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the steps."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: Count = 0
+    """Steps of linear rise to the peak."""
+    final_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the last step, as a fraction of `train.lr`."""
+
+
+class CheckpointConfig(Config):
+    """What a run that was stopped goes on from."""
+
+    every: Positive = 500
+    """Steps between checkpoints; a run that is started again goes on from the newest complete one."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+
+
+class ProfileConfig(Config):
+    """A trace of a few steps."""
+
+    start: Count = 10
+    """First step that is traced."""
+    steps: Positive = 5
+    """Number of steps."""
+
+
+class DDP(Config):
+    """Every process holds the whole model; gradients are summed."""
+
+    kind: Literal["ddp"] = "ddp"
+    """Replicate."""
+
+
+class FSDP(Config):
+    """Parameters are sharded over the processes."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    """Shard with torch."""
+    replicas: Positive = 1
+    """More than one is HSDP: shard within a replica, all-reduce between replicas."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters between forward and backward."""
+    cpu_offload: bool = False
+    """Keep the shards in CPU memory."""
+
+
+class DeepSpeed(Config):
+    """ZeRO, through the transformers trainer."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    """Shard with DeepSpeed."""
+    zero_stage: Annotated[Literal[1, 2, 3], BeforeValidator(_no_flag)] = 3
+    """1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    cpu_offload: bool = False
+    """Keep optimizer state in CPU memory."""
+
+
+class TrainConfig(Config):
+    """How the twins are trained."""
+
+    trainer: Literal["native", "transformers"] = "native"
+    """This package's loop, or transformers' Trainer."""
+    steps: Positive = 1000
+    """Optimizer steps."""
+    lr: Annotated[Number, Field(gt=0, le=1)] = 5e-5
+    """Peak learning rate."""
+    global_batch_size: Positive = 8
+    """Packed rows per optimizer step, over all processes."""
+    micro_batch_size: Positive = 1
+    """Packed rows per forward pass and process; the rest is gradient accumulation."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """bf16: autocast around float32 masters."""
+    seed: Count = 0
+    """Of everything random in training."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each block."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")] = DDP()
+    """How several processes share the work."""
+    profile: ProfileConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.parallel.kind == "deepspeed" and self.trainer == "native":
+            raise ValueError("parallel.kind deepspeed needs trainer: transformers; the native trainer shards with FSDP")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} leaves none of {self.steps} steps")
+        return self
+
+
+class ValidationConfig(Config):
+    """Loss on the documents that `pack.validation_fraction` keeps back, while training."""
+
+    every: Positive = 50
+    """Steps between two validations."""
+    rows: Positive = 8
+    """Packed rows to look at."""
+
+
+class BenchmarkConfig(Config):
+    """What is measured, before and after."""
+
+    new: list[str] = ["puzzles"]
+    """Probes of the skill that is learned."""
+    old: list[str] = ["mmlu", "prose", "code", "chat", "drift"]
+    """Probes of what must not be forgotten; never trained on."""
+    items: Positive | None = None
+    """Items per probe; all when left out."""
+    batch_size: Positive = 16
+    """Items at a time."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type in which both models are measured."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What generates the answers."""
+
+    @model_validator(mode="after")
+    def _names_once(self) -> "BenchmarkConfig":
+        if both := sorted(set(self.new) & set(self.old)):
+            raise ValueError(f"old names {both[0]}, which is in new, too: a probe is of one side")
+        return self
+
+
+class SmokeConfig(Config):
+    """vLLM loads the tuned model and must give the tokens that transformers gives."""
+
+    prompts: Positive = 4
+    """Number of prompts."""
+    max_new_tokens: Positive = 24
+    """Tokens generated for each."""
+    min_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.99
+    """Share of greedy tokens that must be equal."""
+
+
+class ReportConfig(Config):
+    """The HTML page at the end."""
+
+    contrast: list[Name] = []
+    """Other runs (by name, in the same output folder) whose bars are drawn beside this one's, where they exist."""
+
+
+class RunConfig(Config):
+    """One run. Optional sections that are left out are off."""
+
+    name: Name
+    """Of the run and its folder."""
+    output: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder in which `<name>/` with the report and a link to the model is put."""
+    model: ModelConfig
+    control: ControlConfig | None = None
+    lora: LoRAConfig | None = None
+    quantization: QuantizationConfig | None = None
+    pack: PackConfig = PackConfig()
+    mix: MixConfig
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig | None = None
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    smoke: SmokeConfig | None = SmokeConfig()
+    report: ReportConfig = ReportConfig()
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Where else metrics go."""
+
+    @model_validator(mode="after")
+    def _one_method(self) -> "RunConfig":
+        if self.control and self.lora:
+            raise ValueError("control and lora exclude each other: leave one section out")
+        if self.validation and not self.pack.validation_fraction:
+            raise ValueError("validation needs held-back documents: set pack.validation_fraction, for example to 0.02")
+        if self.quantization and not (self.control or self.lora):
+            raise ValueError("quantization stores frozen weights: it needs a control or a lora section")
+        return self
+
+
+def load_config(recipe: str | Path, *overrides: str) -> RunConfig:
+    """Read a YAML recipe, apply `section.key=value` overrides left to right, validate once.
+
+    Raises UserError with one line that names file, line, key, what was found and what was expected.
+    """
+    return validate(*read(Path(recipe), *overrides))
+
+
+def validate(tree: Any, source: Source) -> RunConfig:
+    """The whole tree at once; the first mistake as one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, tree=tree, source=source)) from None

@@ -1,0 +1,97 @@
+"""Stage 7: the report, and the run's output folder: `<output>/<name>/` with the page and a link to the model."""
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from controlllm.config import RunConfig
+from controlllm.errors import UserError
+from controlllm.report import StageTime, build_report, print_summary
+from controlllm.store import content_of, read_lineage, run_stage
+
+
+def report(
+    config: RunConfig,
+    *,
+    base: Path,
+    data: Path,
+    shards: Path,
+    trained: Path,
+    model: Path,
+    base_scores: Path,
+    tuned_scores: Path,
+    smoke: Path | None,
+    started: datetime,
+) -> Path:
+    """Build the page, put it into the output folder, print the summary; returns the page's path."""
+    output = Path(config.output) / config.name
+    contrasts = {name: folder for name in config.report.contrast if (folder := _stored_report(config, name))}
+    parents = {"benchmark of the base": base_scores, "benchmark of the tuned": tuned_scores, "train": trained}
+    parents |= {"prepare": shards} | ({"smoke": smoke} if smoke else {})
+    order = {"ingest model": base, "ingest data": data, "prepare": shards, "train": trained, "consolidate": model,
+             "benchmark (base)": base_scores, "benchmark (tuned)": tuned_scores}  # fmt: skip
+    order |= {"smoke": smoke} if smoke else {}
+
+    def build(folder: Path) -> None:
+        build_report(
+            folder,
+            name=config.name,
+            method=method(config),
+            base_scores=base_scores,
+            tuned_scores=tuned_scores,
+            train=trained,
+            prepare=shards,
+            smoke=smoke,
+            contrasts=contrasts,
+            stages=[_stage_time(stage, path, started) for stage, path in order.items()],
+            config=config.model_dump(exclude_none=True),
+        )
+
+    # A contrast counts by its numbers: its page may name this run, and two pages must not renew each other for ever.
+    numbers = {name: json.loads((folder / "summary.json").read_text()) for name, folder in contrasts.items()}
+    inputs = {"run": config.model_dump(exclude={"output"}), "contrast": {n: content_of(v) for n, v in numbers.items()}}
+    made = run_stage("report", config=inputs, parents=parents, build=build)
+    page = _deliver(made.path, model, output)
+    print_summary(made.path, page)
+    return page
+
+
+def method(config: RunConfig) -> str:
+    """What was done to the base, in a few words."""
+    control = config.control
+    if control is None:
+        return "full fine-tuning"
+    return f"Control LLM ({control.layout}-{control.interpolation}, {control.divergence}, E = {control.num_expanded})"
+
+
+def _stored_report(config: RunConfig, name: str) -> Path | None:
+    """Another run's summary, if that run has been made and its numbers are there."""
+    link = Path(config.output) / name / "summary"
+    return link.resolve() if (link / "summary.json").exists() else None
+
+
+def _stage_time(stage: str, path: Path, started: datetime) -> StageTime:
+    lineage: dict[str, Any] = read_lineage(path)
+    cached = datetime.fromisoformat(lineage["finished"]) < started.replace(microsecond=0)
+    return StageTime(stage, lineage["seconds"], cached, lineage["key"], lineage["finished"])
+
+
+def _deliver(made: Path, model: Path, output: Path) -> Path:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made / "report.html", output / "report.html")
+        _link(output / "model", model)
+        _link(output / "summary", made)
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be written: {error.strerror}") from None
+    return output / "report.html"
+
+
+def _link(link: Path, target: Path) -> None:
+    """Replaced in one step, so that the link always points somewhere."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(target.resolve())
+    fresh.replace(link)

@@ -1,0 +1,178 @@
+"""What can be known to be wrong before any work starts, within a second and without torch."""
+
+import difflib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from controlllm.config import RunConfig
+from controlllm.control.settings import choose_sites
+from controlllm.data.catalog import dataset_names, find_dataset
+from controlllm.data.probes import PROBES, probe_names
+from controlllm.data.sources import GYM, source_files
+from controlllm.errors import UserError
+from controlllm.model_shape import Shape, model_shape
+from controlllm.recipe import KeyPath, dotted, read
+from controlllm.store import store_root
+
+__all__ = ["Shape", "check", "model_shape"]
+
+GIGABYTE = 10**9
+
+# The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
+NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "train.trainer": (("transformers",), "use 'native'"),
+    "train.parallel.kind": (("fsdp", "deepspeed"), "use 'ddp'"),
+    "train.compile": (None, "use false"),
+    "train.profile": (None, "leave the section out"),
+    "train.optimizer.name": (("adamw_8bit",), "use 'adamw'"),
+    "control.layout": (("stack", "hybrid"), "use 'concat'"),
+    "control.sites": (("every_nth_of_top",), "use 'evenly', 'top' or a list of layers"),
+    "control.interpolation": (("dlerp", "dlerpin", "slerp", "moe", "prog", "proj", "none"), "use 'lerp'"),
+    "control.divergence": (("cosine", "dot", "attention"), "use 'mse' or 'none'"),
+    "lora": (None, "leave the section out"),
+    "quantization": (None, "leave the section out"),
+    "benchmark.backend": (("vllm",), "use 'hf'"),
+    "trackers": (None, "leave it out"),
+}
+
+
+class _Wrong(Exception):
+    """A mistake at a key of the config."""
+
+    def __init__(self, key: str, text: str):
+        super().__init__(text)
+        self.path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = ()) -> None:
+    """Raise UserError with one line for the first mistake; with `recipe` it says where the key was written."""
+    try:
+        _built(config)
+        _names(config)
+        shape = _model(config)
+        _output(config)
+        _disk(shape)
+        _sources(config)
+    except _Wrong as wrong:
+        where = read(Path(recipe), *overrides)[1].locate(wrong.path) if recipe else ""
+        raise UserError(f"{where}{dotted(wrong.path)}: {wrong}") from None
+
+
+def _built(config: RunConfig) -> None:
+    for key, (values, way_out) in NOT_YET.items():
+        value = _value(config, key)
+        if value and (values is None or value in values):
+            found = f"'{value}' is" if isinstance(value, str) else "is"
+            raise _Wrong(key, f"{found} not in this version yet; {way_out}")
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """The value at a dotted key, or None where a section on the way is off."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _names(config: RunConfig) -> None:
+    for index, dataset in enumerate(config.mix.datasets):
+        if dataset.source is None:
+            _known(f"mix.datasets.{index}.name", dataset.name, "dataset", dataset_names())
+    for side in ("new", "old"):
+        for index, name in enumerate(getattr(config.benchmark, side)):
+            _known(f"benchmark.{side}.{index}", name, "probe", probe_names())
+
+
+def _known(key: str, name: str, kind: str, known: Iterable[str]) -> None:
+    names = sorted(known)
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise _Wrong(key, f"unknown {kind} '{name}'; {hint}known: {', '.join(names)}")
+
+
+def _model(config: RunConfig) -> Shape | None:
+    try:
+        shape = model_shape(config.model.name, revision=config.model.revision)
+    except (UserError, OSError) as error:
+        raise _Wrong("model.name", str(error)) from None
+    if shape is None:
+        return None
+    if config.control:
+        try:
+            choose_sites(config.control, shape.layers)
+        except ValueError as error:
+            key, _, text = str(error).partition(": ")
+            raise _Wrong(key, text) from None
+    length, longest = config.pack.context_length, shape.max_positions
+    if longest and length > longest:
+        raise _Wrong("pack.context_length", f"{length} is more than the model's {longest} positions; use at most that")
+    return shape
+
+
+def _output(config: RunConfig) -> None:
+    output, cache = Path(config.output).resolve(), store_root().resolve()
+    home = output / config.name
+    if output.is_relative_to(cache):
+        raise _Wrong("output", f"'{config.output}' lies inside the cache {cache}; choose a folder outside it")
+    if cache.is_relative_to(home):
+        raise _Wrong("output", f"the cache {cache} lies inside {home}; set CONTROLLLM_CACHE to a folder outside it")
+    if obstacle := _obstacle(Path(config.output).absolute() / config.name):
+        raise _Wrong("output", f"'{config.output}' cannot be used: {obstacle}; choose another folder")
+    if obstacle := _obstacle(cache):
+        raise UserError(f"the cache {cache} cannot be used: {obstacle}; set CONTROLLLM_CACHE to a writable folder")
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why nothing can be written into this folder, which need not exist yet."""
+    nearest = _nearest_existing(folder)
+    if not nearest.is_dir():
+        return f"{nearest} is not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"{nearest} is not writable ({error.strerror})"
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+
+
+def _disk(shape: Shape | None) -> None:
+    """The base, the tuned model and the checkpoints between them, at least."""
+    needed = 3 * (shape.weight_bytes if shape else 0) + GIGABYTE
+    free = shutil.disk_usage(_nearest_existing(store_root())).free
+    if free < needed:
+        raise UserError(
+            f"{store_root()}: {free / GIGABYTE:.1f} GB free, at least {needed / GIGABYTE:.1f} GB needed; "
+            "free some or set CONTROLLLM_CACHE to a folder on another disk"
+        )
+
+
+def _sources(config: RunConfig) -> None:
+    for index, dataset in enumerate(config.mix.datasets):
+        key = f"mix.datasets.{index}.{'source' if dataset.source else 'name'}"
+        _readable(key, find_dataset(dataset).source)
+    for side in ("new", "old"):
+        for index, name in enumerate(getattr(config.benchmark, side)):
+            _readable(f"benchmark.{side}.{index}", PROBES[name].source)
+
+
+def _readable(key: str, source: str) -> None:
+    if source.startswith(GYM):
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise _Wrong(key, "its rows come from reasoning-gym, which is not installed; pip install reasoning-gym")
+        return
+    try:
+        files = source_files(source)
+    except (UserError, OSError) as error:
+        raise _Wrong(key, str(error)) from None
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise _Wrong(key, f"{file}: cannot be read (no permission)")

@@ -1,0 +1,72 @@
+"""What a person sees while waiting: one line per stage, a bar with ETA on a terminal, a line now and then in a log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+LOG_EVERY_SECONDS = 15.0
+
+
+class Advance(Protocol):
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def track(stage: str, *, total: int, start: int = 0, unit: str = "") -> Iterator[Advance]:
+    """Yield `advance(done, note)`; shows progress from `start` to `total` with the time that is left."""
+    if console.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task(f"  {stage}", total=total, completed=start, note=unit)
+
+            def on_terminal(done: int, note: str = "") -> None:
+                bar.update(task, completed=done, note=note or unit)
+
+            yield on_terminal
+    else:
+        yield _Log(stage, total, start, unit)
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+class _Log:
+    """Without a terminal: a line every few seconds, and one at the end."""
+
+    def __init__(self, stage: str, total: int, start: int, unit: str):
+        self.stage, self.total, self.start, self.unit = stage, total, start, unit
+        self.began = self.printed = time.monotonic()
+
+    def __call__(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done < self.total and now - self.printed < LOG_EVERY_SECONDS:
+            return
+        self.printed = now
+        left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
+        eta = f"ETA {duration(left)}" if done < self.total else f"in {duration(now - self.began)}"
+        console.print(f"  {self.stage}: {done}/{self.total} {note or self.unit} · {eta}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 07 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

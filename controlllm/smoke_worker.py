@@ -1,0 +1,91 @@
+"""A vLLM engine in a process of its own: `python -m controlllm.smoke_worker ANSWER`, one JSON request on stdin."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32  # tokens; vLLM on a CPU wants a multiple of 32
+
+
+def main(answer: Path) -> None:
+    """Import vLLM, then wait for the request: the caller uses the machine meanwhile."""
+    began = time.perf_counter()
+    from vllm import LLM, __version__
+
+    from controlllm.vllm_plugin import register
+
+    register()
+    imported = time.perf_counter()
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_the_caller, daemon=True).start()
+    asked = time.perf_counter()
+    engine = _engine(LLM, request)
+    loaded = time.perf_counter()
+    tokens = _greedy(engine, request)
+    answer.write_text(json.dumps({
+        "tokens": tokens,
+        "engine": f"vllm {__version__}",
+        "model_class": engine.apply_model(lambda model: type(model).__name__)[0],
+        "import": imported - began,
+        "load": loaded - asked,
+        "generate": time.perf_counter() - loaded,
+    }))  # fmt: skip
+
+
+def _engine(llm: Any, request: dict[str, Any]) -> Any:
+    _look_at_the_model_class_here(request["model"])
+    longest = max(map(len, request["prompts"])) + request["max_new_tokens"]
+    return llm(
+        model=request["model"],
+        dtype="float32",
+        generation_config="vllm",  # not the checkpoint's sampling defaults
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_seqs=len(request["prompts"]),
+        block_size=BLOCK,
+        num_gpu_blocks_override=len(request["prompts"]) * (ceil(longest / BLOCK) + 1) + 1,
+        kv_cache_memory_bytes=1
+        << 30,  # an upper bound, given so that vLLM does not measure; the blocks are what is taken
+        disable_log_stats=True,
+        skip_tokenizer_init=True,
+    )
+
+
+def _look_at_the_model_class_here(model: str) -> None:
+    """vLLM imports itself again in another process to look at a model class, 15 s; this process has CUDA untouched."""
+    from vllm import ModelRegistry
+
+    for name in json.loads((Path(model) / "config.json").read_text())["architectures"]:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _greedy(engine: Any, request: dict[str, Any]) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    # What ends a text is said in the request, the same for both engines.
+    greedy = SamplingParams(
+        temperature=0.0,
+        max_tokens=request["max_new_tokens"],
+        stop_token_ids=request["stop"],
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = engine.generate([{"prompt_token_ids": p} for p in request["prompts"]], greedy, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _die_with_the_caller() -> None:
+    """The caller holds stdin open for as long as it lives."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

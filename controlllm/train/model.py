@@ -1,0 +1,36 @@
+"""The model that is trained: the base, expanded and frozen as the recipe says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controlllm.config import ControlConfig, ModelConfig
+from controlllm.errors import UserError
+
+
+def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) -> Any:
+    """The base model with twins (control) or wholly trainable (none), in training mode.
+
+    Raises UserError when the sites do not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from controlllm.control.model import expand_model
+    from controlllm.control.settings import ControlSettings
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+    )
+    loaded.config.use_cache = False  # with a cache, attention leaks across the documents of a packed row
+    if control is None:
+        return loaded.float().train()
+    try:
+        settings = ControlSettings.resolve(control, num_layers=loaded.config.num_hidden_layers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    expanded = expand_model(loaded, settings)
+    for parameter in expanded.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return expanded.train()

@@ -1,0 +1,110 @@
+"""Stage 3: packed rows to trained tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from controlllm.config import ControlConfig, MixConfig, ModelConfig, TrainConfig, ValidationConfig
+from controlllm.store import Output, run_stage
+from controlllm.train.distributed import World, processes
+
+
+def train(
+    base: Path,
+    shards: Path,
+    *,
+    model: ModelConfig,
+    control: ControlConfig | None,
+    mix: MixConfig,
+    config: TrainConfig,
+    validation: ValidationConfig | None,
+) -> Path:
+    """`trained.safetensors`, `metrics.jsonl` and `train.json`. Every process of the run calls this.
+
+    The main process looks into the store; the others only join when there is something to train.
+    """
+
+    def work(folder: Path, world: World) -> None:
+        _train(folder, world, base, shards, model=model, control=control, mix=mix, config=config, validation=validation)
+
+    with processes() as world:
+        if not world.is_main:
+            if (folder := world.share(None)) is not None:
+                work(folder, world)
+            return world.share(None)
+        output = _on_main(work, world, base, shards, _inputs(model, control, mix, config, validation))
+        return world.share(output.path)
+
+
+def _on_main(work: Any, world: World, base: Path, shards: Path, inputs: dict[str, Any]) -> Output:
+    def build(folder: Path) -> None:
+        work(world.share(folder), world)
+
+    parents = {"ingest model": base, "prepare": shards}
+    output = run_stage("train", config=inputs | {"processes": world.size}, parents=parents, build=build, resumable=True)
+    if output.cached:
+        world.share(None)
+    return output
+
+
+def _inputs(
+    model: ModelConfig, control: ControlConfig | None, mix: MixConfig, config: TrainConfig, validation: Any
+) -> dict[str, Any]:
+    """Only what can change the result: how often a checkpoint is saved cannot."""
+    return {
+        "model": model.model_dump(include={"dtype", "attention"}),
+        "control": control,
+        "mix": {"seed": mix.seed, "weights": {d.name: d.weight for d in mix.datasets}},
+        "train": config.model_dump(exclude={"checkpoint", "profile"}),
+        "validation": validation,
+    }
+
+
+def _train(
+    folder: Path,
+    world: World,
+    base: Path,
+    shards: Path,
+    *,
+    model: ModelConfig,
+    control: ControlConfig | None,
+    mix: MixConfig,
+    config: TrainConfig,
+    validation: ValidationConfig | None,
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    from controlllm.data.loader import Mix, PackedRows
+    from controlllm.train.checkpoint import trained_tensors
+    from controlllm.train.model import load_model
+    from controlllm.train.native import Trainer
+
+    torch.manual_seed(config.seed)
+    loaded = load_model(base, model, control)
+    rows = [(PackedRows(shards / f"{d.name}.arrow"), d.weight) for d in mix.datasets]
+    held_back = shards / "validation.arrow"
+    trainer = Trainer(loaded, Mix(rows, seed=mix.seed), config, world=world, folder=folder)
+    trainer.train(PackedRows(held_back) if held_back.exists() else None, validation)
+    if world.is_main:
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(loaded).items()}
+        save_file(tensors, folder / "trained.safetensors")
+        (folder / "train.json").write_text(json.dumps(_summary(loaded, folder, config), indent=1))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the finished run needs them no more
+    world.barrier()
+
+
+def _summary(model: Any, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    steps = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+    return {
+        "steps": config.steps,
+        "tokens": sum(row["tokens"] for row in steps),
+        "target_tokens": sum(row["targets"] for row in steps),
+        "seconds": round(sum(row["seconds"] for row in steps), 1),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "sites": (getattr(model.config, "control", None) or {}).get("sites", []),
+        "control": getattr(model.config, "control", None),
+    }

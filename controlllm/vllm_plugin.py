@@ -1,0 +1,56 @@
+"""What vLLM runs at its start (entry point `vllm.general_plugins`), so that it loads expanded checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+# vLLM imports a model's class by this name when a checkpoint asks for it, and not before.
+MODEL_CLASS = "ControlForCausalLM"
+
+
+def register() -> None:
+    """Name one class for the expanded form of every causal LM of transformers. Called in each process of vLLM."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+
+    for base in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        ModelRegistry.register_model(f"Control{base}", f"{__name__}:{MODEL_CLASS}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == MODEL_CLASS:
+        return _model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _model_class() -> type:
+    from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+    class ControlForCausalLM(TransformersForCausalLM):
+        """vLLM's backend over transformers' modules, with a KV cache for the twins' attentions too."""
+
+        supports_pp = False  # stages are cut at a layer index, and a twin's lies above every decoder layer's
+
+        def _create_attention_instances(self, prefix: str = "") -> None:
+            with _attentions_as_layers(self.text_config):
+                super()._create_attention_instances(prefix)
+
+    return ControlForCausalLM
+
+
+@contextmanager
+def _attentions_as_layers(config: Any) -> Iterator[None]:
+    """While inside, the config counts attentions: the decoder layers', then one per site, of that site's kind."""
+    sites = config.control["sites"]
+    kinds = getattr(config, "layer_types", None)
+    counted: dict[str, Any] = {"num_hidden_layers": config.num_hidden_layers + len(sites)}
+    if kinds is not None:
+        counted["layer_types"] = [*kinds, *(kinds[site] for site in sites)]
+    own = {name: getattr(config, name) for name in counted}
+    vars(config).update(counted)
+    try:
+        yield
+    finally:
+        vars(config).update(own)

@@ -1,0 +1,1 @@
+"""The stages as Flyte tasks: decorators and transfer only."""

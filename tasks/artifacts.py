@@ -1,0 +1,82 @@
+"""What passes between tasks: folders, and configs whose mistakes are one line."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import click
+from flytekit import Cache, FlyteContextManager, HashMethod
+from flytekit.types.directory import FlyteDirectory
+from pydantic import ValidationError
+
+from controlllm.config import RunConfig
+from controlllm.errors import UserError, one_line
+from controlllm.recipe import Source
+from controlllm.store import code_version, content_hash, content_of
+
+# On this machine the stage store is the cache: it says why a stage runs, and notices a changed or removed output.
+# On a cluster, where the store is a pod's own disk, Flyte's catalog is.
+os.environ.setdefault("FLYTE_LOCAL_CACHE_ENABLED", "false")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _content(directory: FlyteDirectory) -> str:
+    return content_hash(Path(str(directory.path)))
+
+
+Folder = Annotated[FlyteDirectory, HashMethod(_content)]
+"""A stage's output: Flyte knows it by its content, so that equal folders are equal inputs."""
+
+
+class Recipe(RunConfig):
+    """A RunConfig as Flyte reads it: a mistake is one line for the person, not a traceback."""
+
+    @classmethod
+    def model_validate_json(cls, *args: Any, **kwargs: Any) -> Any:
+        from controlllm.mistakes import explain
+
+        try:
+            return super().model_validate_json(*args, **kwargs)
+        except ValidationError as error:
+            raise click.ClickException(explain(error, RunConfig, tree={}, source=Source())) from None
+
+
+def publish(path: Path) -> FlyteDirectory:
+    """Here a folder stays where it is; on a cluster Flyte uploads it."""
+    return FlyteDirectory(str(path), remote_directory=False if is_local() else None)
+
+
+def local(directory: FlyteDirectory) -> Path:
+    """The folder on this machine's disk."""
+    return Path(str(directory.download()))
+
+
+def is_local() -> bool:
+    state = FlyteContextManager.current_context().execution_state
+    return state is None or state.is_local_execution()
+
+
+def stage_cache(*stages: str) -> Cache:
+    """Cached by the inputs and by what the stages run: their code and the libraries that matter."""
+    return Cache(version=content_of([code_version(stage) for stage in stages]), serialize=True)
+
+
+def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """A mistake of the user ends a local run with one line and exit code 1; on a cluster Flyte shows the error."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (UserError, OSError) as error:
+            if not is_local() or "--debug" in sys.argv:
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+    return run

@@ -1,0 +1,22 @@
+"""Stage 4: one Hugging Face directory."""
+
+from flytekit import task
+from flytekit.types.directory import FlyteDirectory
+
+from controlllm.config import ControlConfig
+from tasks import cluster
+from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+
+
+@task(
+    cache=stage_cache("consolidate"),
+    container_image=cluster.image("train"),
+    requests=cluster.light(),
+    environment=cluster.environment(),
+)
+@one_line_errors
+def consolidate(base: FlyteDirectory, trained: FlyteDirectory, control: ControlConfig | None) -> Folder:
+    """Base and trained tensors as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads."""
+    from controlllm.consolidate import consolidate as consolidate_stage
+
+    return publish(consolidate_stage(local(base), local(trained), control).path)

@@ -1,0 +1,39 @@
+"""Stage 1: the base model and the data."""
+
+from typing import NamedTuple
+
+from flytekit import task
+
+from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig
+from tasks import cluster
+from tasks.artifacts import Folder, Recipe, one_line_errors, publish, stage_cache
+
+
+class Ingested(NamedTuple):
+    base: Folder
+    data: Folder
+
+
+@task(container_image=cluster.image("train"), requests=cluster.light(), environment=cluster.environment())
+@one_line_errors
+def preflight(config: Recipe) -> str:
+    """Refuse at once what cannot work; returns the run's name."""
+    from controlllm.preflight import check
+
+    check(config)
+    return config.name
+
+
+@task(
+    cache=stage_cache("ingest model", "ingest data"),
+    container_image=cluster.image("train"),
+    requests=cluster.light(),
+    environment=cluster.environment(),
+)
+@one_line_errors
+def ingest(model: ModelConfig, mix: MixConfig, benchmark: BenchmarkConfig) -> Ingested:
+    """Base model as safetensors; rows to train on and items to measure with as JSON lines."""
+    from controlllm.ingest import ingest_data, ingest_model
+
+    base = ingest_model(model).path
+    return Ingested(publish(base), publish(ingest_data(base, mix, benchmark).path))

@@ -1,0 +1,45 @@
+"""Stage 7: one page of what was learned and what was forgotten, as a file and as a Flyte Deck."""
+
+from flytekit import Deck, current_context, task
+from flytekit.types.directory import FlyteDirectory
+from flytekit.types.file import FlyteFile
+
+from tasks import cluster
+from tasks.artifacts import Recipe, is_local, local, one_line_errors
+
+
+@task(
+    container_image=cluster.image("train"),
+    requests=cluster.light(),
+    environment=cluster.environment(),
+    enable_deck=True,
+)
+@one_line_errors
+def report(
+    config: Recipe,
+    base: FlyteDirectory,
+    data: FlyteDirectory,
+    shards: FlyteDirectory,
+    trained: FlyteDirectory,
+    model: FlyteDirectory,
+    base_scores: FlyteDirectory,
+    tuned_scores: FlyteDirectory,
+    smoke: FlyteDirectory | None,
+) -> FlyteFile:
+    """The page and its numbers, put into the run's output folder; a table for the terminal."""
+    from controlllm.deliver import report as report_stage
+
+    page = report_stage(
+        config,
+        base=local(base),
+        data=local(data),
+        shards=local(shards),
+        trained=local(trained),
+        model=local(model),
+        base_scores=local(base_scores),
+        tuned_scores=local(tuned_scores),
+        smoke=None if smoke is None else local(smoke),
+        started=current_context().execution_date,
+    )
+    Deck("report", page.read_text())
+    return FlyteFile(str(page), remote_path=False if is_local() else None)

@@ -1,0 +1,35 @@
+"""Stage 3: training, in as many processes as the cluster profile says."""
+
+from flytekit import task
+from flytekit.types.directory import FlyteDirectory
+
+from controlllm.config import ControlConfig, MixConfig, ModelConfig, TrainConfig, ValidationConfig
+from tasks import cluster
+from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+
+
+@task(
+    task_config=cluster.elastic(),
+    cache=stage_cache("train"),
+    container_image=cluster.image("train"),
+    pod_template=cluster.training_pod(),
+    requests=None if cluster.training_pod() else cluster.light(),
+    environment=cluster.environment(),
+)
+@one_line_errors
+def train(
+    base: FlyteDirectory,
+    shards: FlyteDirectory,
+    model: ModelConfig,
+    control: ControlConfig | None,
+    mix: MixConfig,
+    config: TrainConfig,
+    validation: ValidationConfig | None,
+) -> Folder:
+    """The trained tensors and the metrics of every step. Runs in every process of the job."""
+    from controlllm.train.stage import train as train_stage
+
+    folder = train_stage(
+        local(base), local(shards), model=model, control=control, mix=mix, config=config, validation=validation
+    )
+    return publish(folder)

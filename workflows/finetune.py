@@ -1,0 +1,58 @@
+"""The pipeline: `pyflyte run workflows/finetune.py finetune --config workflows/recipes/demo.yaml`.
+
+Every task can be run alone, too: `pyflyte run workflows/finetune.py benchmark --help`.
+"""
+
+from typing import NamedTuple
+
+from flytekit import workflow
+from flytekit.types.file import FlyteFile
+
+from tasks.artifacts import Folder, Recipe
+from tasks.benchmark import benchmark
+from tasks.consolidate import consolidate
+from tasks.ingest import ingest, preflight
+from tasks.prepare import prepare
+from tasks.report import report
+from tasks.smoke import smoke
+from tasks.train import train
+
+
+class Finetuned(NamedTuple):
+    model: Folder
+    scores: Folder
+    report: FlyteFile
+
+
+@workflow
+def finetune(config: Recipe) -> Finetuned:
+    """Ingest, prepare, train, consolidate, benchmark, smoke test, report. Unchanged stages come from the cache."""
+    checked = preflight(config=config)
+    raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark)
+    checked >> raw
+    shards = prepare(base=raw.base, data=raw.data, pack=config.pack)
+    trained = train(
+        base=raw.base,
+        shards=shards,
+        model=config.model,
+        control=config.control,
+        mix=config.mix,
+        config=config.train,
+        validation=config.validation,
+    )
+    model = consolidate(base=raw.base, trained=trained, control=config.control)
+    base_scores = benchmark(model=raw.base, data=raw.data, config=config.benchmark)
+    tuned_scores = benchmark(model=model, data=raw.data, config=config.benchmark)
+    smoked = smoke(model=model, data=raw.data, config=config.smoke)
+    page = report(
+        config=config,
+        base=raw.base,
+        data=raw.data,
+        shards=shards,
+        trained=trained,
+        model=model,
+        base_scores=base_scores,
+        tuned_scores=tuned_scores,
+        smoke=smoked,
+    )
+    return Finetuned(model=model, scores=tuned_scores, report=page)
