@@ -49,14 +49,15 @@ def _evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import datasets
     import torch
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from controlllm.harness import CountingLM
 
     datasets.disable_progress_bars()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+    simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its type
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, track("benchmark", total=_requests(data, probes)) as advance:

@@ -47,8 +47,8 @@ class ModelConfig(Config):
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage of the frozen weights while training; what is trained is always kept in float32."""
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
-    """Kernel, by transformers' name for it."""
+    attention: Literal["packed", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "packed"
+    """Kernel while training: packed runs each document of a row by itself, the others are transformers' names."""
 
 
 class ControlConfig(Config):

@@ -123,7 +123,7 @@ def _add_greedy_answers(items: list[dict[str, Any]], base: Path, tokenizer: Any,
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tokenizer.padding_side = "left"
     with track("base answers", total=len(items)) as advance:
         for start in range(0, len(items), batch):

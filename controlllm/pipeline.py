@@ -90,7 +90,7 @@ def _smoke(config: RunConfig, made: Made, started: datetime) -> None:
 
 
 def _report(config: RunConfig, made: Made, started: datetime) -> None:
-    from controlllm.report import report
+    from controlllm.deliver import report
 
     report(
         config,

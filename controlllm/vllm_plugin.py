@@ -14,8 +14,9 @@ def register() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 
-    for base in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        ModelRegistry.register_model(f"Control{base}", f"{__name__}:{MODEL_CLASS}")
+    names = {f"Control{base}" for base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    for name in names - ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(name, f"{__name__}:{MODEL_CLASS}")
 
 
 def __getattr__(name: str) -> Any:
@@ -31,7 +32,8 @@ def _model_class() -> type:
     class ControlForCausalLM(TransformersForCausalLM):
         """vLLM's backend over transformers' modules, with a KV cache for the twins' attentions too."""
 
-        supports_pp = False  # stages are cut at a layer index, and a twin's lies above every decoder layer's
+        # Stages are cut at a layer index, and a twin's lies above those of all decoder layers.
+        supports_pp = False  # pyright: ignore[reportAssignmentType]
 
         def _create_attention_instances(self, prefix: str = "") -> None:
             with _attentions_as_layers(self.text_config):

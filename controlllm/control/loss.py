@@ -50,7 +50,7 @@ def forward_with_loss(
         divergence = torch.stack(per_block).mean() / num_tokens_in_batch
         loss = entropy + model.config.control["divergence_weight"] * divergence
     return ControlOutput(
-        loss=loss,
+        loss=loss,  # type: ignore[arg-type] - transformers says FloatTensor where any Tensor is meant
         past_key_values=out.past_key_values,
         cross_entropy=entropy.detach(),
         divergence=None if divergence is None else divergence.detach(),

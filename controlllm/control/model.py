@@ -49,8 +49,8 @@ def register() -> None:
 def family(base_model_type: str) -> Family:
     """Config, decoder and causal LM classes over those of `base_model_type` ("llama", "qwen2", ...)."""
     base_config = transformers.CONFIG_MAPPING[base_model_type]
-    base_lm = AutoModelForCausalLM._model_mapping[base_config]
-    base_decoder = AutoModel._model_mapping[base_config]
+    base_lm: Any = AutoModelForCausalLM._model_mapping[base_config]
+    base_decoder: Any = AutoModel._model_mapping[base_config]
     config = _config_class(base_config, base_model_type)
     made = Family(config, _decoder_class(base_decoder, config), _causal_lm_class(base_lm, config))
     AutoModel.register(config, made.decoder)
@@ -70,7 +70,7 @@ def control_config(base: PreTrainedConfig, settings: ControlSettings) -> PreTrai
     return classes.config.from_dict(values)
 
 
-def expand_model(base: PreTrainedModel, settings: ControlSettings) -> PreTrainedModel:
+def expand_model(base: Any, settings: ControlSettings) -> Any:
     """An expanded model with the weights of `base` (its frozen tensors are the same memory), ready to train."""
     config = control_config(base.config, settings)
     config._attn_implementation = base.config._attn_implementation
@@ -104,7 +104,7 @@ def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) 
 
 
 def _causal_lm_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+    def __init__(self: Any, config: Any) -> None:
         base.__init__(self, config)
         expand(self.base_model, ControlSettings.from_dict(config.control))
 

@@ -17,24 +17,24 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given. Positions restart at every document, which keeps attention inside it."""
+    """Packed rows end to end, without padding; positions restart and attention ends at every document."""
 
-    input_ids: Tensor  # (rows, seq)
-    labels: Tensor  # (rows, seq), IGNORED where nothing is learned
-    position_ids: Tensor  # (rows, seq)
-    token_mask: Tensor  # (rows, seq), False on padding
+    input_ids: Tensor  # (1, tokens)
+    labels: Tensor  # (1, tokens), IGNORED where nothing is learned
+    position_ids: Tensor  # (1, tokens)
+    cu_seq_lens_q: Tensor  # (documents + 1,) int32, where documents begin and the last one ends
 
     def arguments(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids", "token_mask")}
+        """Keyword arguments of the model."""
+        return {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids", "cu_seq_lens_q")}
 
     @property
     def targets(self) -> int:
-        """Tokens that count in the loss: a row's first token has nothing before it to be predicted from."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return int((self.labels != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
-        return int(self.token_mask.sum())
+        return self.input_ids.numel()
 
 
 class PackedRows:
@@ -104,18 +104,11 @@ def batches(rows: PackedRows, *, size: int, limit: int) -> Iterator[Batch]:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> Batch:
-    """Rows of different lengths, padded to the longest. Padding is a document of its own: positions restart there."""
-    width = max(len(row["input_ids"]) for row in rows)
-    shape = (len(rows), width)
-    ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    positions, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        starts = np.cumsum(row["lengths"]) - row["lengths"]
-        ids[i, :length] = row["input_ids"]
-        labels[i, :length] = np.where(row["target"], row["input_ids"], IGNORED)
-        labels[i, starts] = IGNORED  # a document's first token must not be predicted from the one before it
-        positions[i, :length] = np.arange(length) - np.repeat(starts, row["lengths"])
-        positions[i, length:] = np.arange(width - length)
-        mask[i, :length] = True
-    return Batch(*map(torch.from_numpy, (ids, labels, positions, mask)))
+    """One sequence of all the rows' documents."""
+    lengths = np.concatenate([row["lengths"] for row in rows])
+    ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    labels = np.where(np.concatenate([row["target"] for row in rows]), ids, IGNORED)
+    labels[edges[:-1]] = IGNORED  # a document's first token must not be predicted from the document before it
+    positions = np.arange(len(ids)) - np.repeat(edges[:-1], lengths)
+    return Batch(*(torch.from_numpy(a)[None] for a in (ids, labels, positions)), torch.from_numpy(edges.astype(np.int32)))

@@ -7,6 +7,7 @@ import torch
 
 from controlllm.config import ControlConfig, ModelConfig
 from controlllm.errors import UserError
+from controlllm.train import attention
 
 
 def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) -> Any:
@@ -19,6 +20,7 @@ def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) ->
     from controlllm.control.model import expand_model
     from controlllm.control.settings import ControlSettings
 
+    attention.register()
     loaded = AutoModelForCausalLM.from_pretrained(
         base, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
     )

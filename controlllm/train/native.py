@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from controlllm.config import TrainConfig, ValidationConfig
+from controlllm.control.expand import control_blocks
 from controlllm.control.loss import forward_with_loss
 from controlllm.data.loader import Batch, Mix, PackedRows, batches
 from controlllm.errors import UserError
@@ -57,6 +58,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.parallel = self._parallelize()
         self.step = 0
+        self.has_divergence = any(block.measure is not None for block in control_blocks(model))
 
     def _parallelize(self) -> Any:
         if self.config.activation_checkpointing:
@@ -111,8 +113,7 @@ class Trainer:
             group["lr"] = self._lr(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        has_divergence = out.divergence is not None
-        return StepResult(loss, entropy, divergence if has_divergence else None, norm, tokens, targets)
+        return StepResult(loss, entropy, divergence if self.has_divergence else None, norm, tokens, targets)
 
     def _micro_batches(self) -> list[Batch]:
         return self.mix.step(
@@ -151,8 +152,8 @@ class Trainer:
         targets = 0
         for batch in batches(rows, size=self.config.micro_batch_size, limit=config.rows):
             with self._autocast():
-                out = forward_with_loss(self.model, **self._arguments(batch), num_items_in_batch=1)
-            total += out.cross_entropy.double().cpu()
+                out: Any = forward_with_loss(self.model, **self._arguments(batch), num_items_in_batch=1)
+            total += out.loss.double().cpu()  # without training there is no divergence in it
             targets += batch.targets
         self.model.train()
         if log:

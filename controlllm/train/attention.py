@@ -1,0 +1,76 @@
+"""Attention over packed rows that computes nothing between documents: each one by itself, causally.
+
+The exact twin of flash-attention's varlen call for devices without it. A mask over the whole row would do the same
+work for every pair of tokens in it; with nine documents in a row that is nine times too much.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "packed"
+# Documents share a kernel call while the shortest has at least this share of the longest one's tokens.
+SIMILAR = 0.75
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, heads, tokens, head_dim), key and value with fewer heads; cu_seq_lens_q (documents + 1,) boundaries."""
+    groups, restore = _plan(tuple(cu_seq_lens_q.tolist()))
+    # float32 inside: more exact, and on CPUs the backward pass is three times as fast as in bfloat16.
+    inputs = [tensor[0].float() if tensor.device.type == "cpu" else tensor[0] for tensor in (query, key, value)]
+    outputs = []
+    for index, width in groups:
+        # (heads, documents · width, head_dim) → (documents, heads, width, head_dim)
+        q, k, v = (t[:, index.to(t.device)].unflatten(1, (-1, width)).transpose(0, 1) for t in inputs)
+        drop = dropout if module.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(0, 1).flatten(1, 2))
+    together = torch.cat(outputs, dim=1)[:, restore.to(query.device)]  # (heads, tokens, head_dim)
+    return together.transpose(0, 1)[None].to(query.dtype), None  # (1, tokens, heads, head_dim)
+
+
+@lru_cache(maxsize=8)  # every block of the model asks for the same row
+def _plan(edges: tuple[int, ...]) -> tuple[list[tuple[Tensor, int]], Tensor]:
+    """Rectangles of token indices, one per group of documents of similar length, and the way back to the row's order.
+
+    A shorter document is filled up at its end with its last token: under a causal mask no real token sees that.
+    """
+    documents = sorted(zip(edges, edges[1:], strict=False), key=lambda d: d[0] - d[1])
+    restore = torch.empty(edges[-1], dtype=torch.long)
+    groups: list[tuple[Tensor, int]] = []
+    placed = first = 0
+    while first < len(documents):
+        width = documents[first][1] - documents[first][0]
+        last = first
+        while last < len(documents) and documents[last][1] - documents[last][0] >= SIMILAR * width:
+            last += 1
+        rows = []
+        for start, end in documents[first:last]:
+            rows.append(torch.arange(start, start + width).clamp(max=end - 1))
+            restore[start:end] = torch.arange(placed, placed + end - start)
+            placed += width
+        groups.append((torch.cat(rows), width))
+        first = last
+    return groups, restore
+
+
+def register() -> None:
+    """Make `attn_implementation="packed"` known; it needs no mask."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
