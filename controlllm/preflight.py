@@ -49,8 +49,11 @@ class _Wrong(Exception):
         self.path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
-def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = ()) -> None:
-    """Raise UserError with one line for the first mistake; with `recipe` it says where the key was written."""
+def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (), serving: bool = True) -> None:
+    """Raise UserError with one line for the first mistake; with `recipe` it says where the key was written.
+
+    `serving` is whether the smoke test runs on this machine, too; on a cluster it has an image of its own.
+    """
     try:
         _built(config)
         _names(config)
@@ -58,6 +61,8 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = ())
         _output(config)
         _disk(shape)
         _sources(config)
+        if serving and config.smoke and importlib.util.find_spec("vllm") is None:
+            raise _Wrong("smoke", "vLLM is not installed; pip install 'controlllm[serve-cpu]', or smoke: null to leave it out")
     except _Wrong as wrong:
         where = read(Path(recipe), *overrides)[1].locate(wrong.path) if recipe else ""
         raise UserError(f"{where}{dotted(wrong.path)}: {wrong}") from None

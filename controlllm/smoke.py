@@ -97,15 +97,12 @@ def _prompts(data: Path, count: int) -> list[str]:
 
 
 def _stop_tokens(model: Path, tokenizer: Any) -> list[int]:
-    """What ends a text: the generation config's tokens and the tokenizer's."""
-    from transformers import AutoConfig, GenerationConfig
-
-    if (model / "generation_config.json").exists():
-        stop = GenerationConfig.from_pretrained(model).eos_token_id
-    else:
-        stop = AutoConfig.from_pretrained(model).eos_token_id
-    named = stop if isinstance(stop, list) else [stop]
-    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+    """What ends a text: the EOS tokens of the model's files and the tokenizer's."""
+    stop = {tokenizer.eos_token_id}
+    for file in (model / "config.json", model / "generation_config.json"):
+        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        stop |= set(named if isinstance(named, list) else [named])
+    return sorted(stop - {None})
 
 
 def _transformers_tokens(request: dict[str, Any]) -> Tokens:

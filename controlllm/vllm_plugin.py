@@ -32,8 +32,13 @@ def _model_class() -> type:
     class ControlForCausalLM(TransformersForCausalLM):
         """vLLM's backend over transformers' modules, with a KV cache for the twins' attentions too."""
 
-        # Stages are cut at a layer index, and a twin's lies above those of all decoder layers.
-        supports_pp = False  # pyright: ignore[reportAssignmentType]
+        def pipeline_parallel(self) -> None:
+            """Stages are cut at an attention's index, and a twin's lies above those of all decoder layers."""
+            if self.pp_group.world_size > 1:
+                raise ValueError(
+                    f"pipeline_parallel_size is {self.pp_group.world_size}, but an expanded model cannot be cut into "
+                    "stages; use tensor_parallel_size"
+                )
 
         def _create_attention_instances(self, prefix: str = "") -> None:
             with _attentions_as_layers(self.text_config):

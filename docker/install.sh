@@ -25,4 +25,5 @@ case $(offered_torch || true) in
     fi
     ;;
 esac
-"$uv" pip install --python .venv/bin/python "$@"
+# Compiled now and once: otherwise every start pays for it wherever Python may not write .pyc files.
+"$uv" pip install --compile-bytecode --python .venv/bin/python "$@"

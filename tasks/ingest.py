@@ -6,7 +6,7 @@ from flytekit import task
 
 from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig
 from tasks import cluster
-from tasks.artifacts import Folder, Recipe, one_line_errors, publish, stage_cache
+from tasks.artifacts import Folder, Recipe, is_local, one_line_errors, publish, stage_cache
 
 
 class Ingested(NamedTuple):
@@ -20,7 +20,7 @@ def preflight(config: Recipe) -> str:
     """Refuse at once what cannot work; returns the run's name."""
     from controlllm.preflight import check
 
-    check(config)
+    check(config, serving=is_local())
     return config.name
 
 

@@ -10,25 +10,13 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from controlllm.control.expand import control_blocks, expand, freeze
+from controlllm.control.checkpoint_config import MODEL_TYPE
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.settings import ControlSettings
 
-MODEL_TYPE = "controlllm"
-
-
-class AnyControlConfig(PreTrainedConfig):
-    """What AutoConfig knows as `controlllm`: reading one gives a config of the base's own class."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if "base_model_type" not in config_dict:
-            raise ValueError("config.json of a controlllm checkpoint must name its base_model_type")
-        return family(config_dict["base_model_type"]).config.from_dict(config_dict, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -38,11 +26,6 @@ class Family:
     config: type[PreTrainedConfig]
     decoder: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
-
-
-def register() -> None:
-    """Make the checkpoints known to transformers' auto classes."""
-    AutoConfig.register(MODEL_TYPE, AnyControlConfig, exist_ok=True)
 
 
 @cache
@@ -90,11 +73,17 @@ def _config_class(base: type[PreTrainedConfig], base_model_type: str) -> type[Pr
     name = base.__name__.replace("Config", "")
     return type(f"Control{name}Config", (base,), {
         "model_type": MODEL_TYPE, "base_model_type": base_model_type, "control": None, "__module__": __name__,
+        "__reduce__": lambda self: (_blank_config, (base_model_type,), vars(self)),  # another process has no such name
     })  # fmt: skip
 
 
+def _blank_config(base_model_type: str) -> PreTrainedConfig:
+    config = family(base_model_type).config
+    return config.__new__(config)
+
+
 def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         base.__init__(self, config)
         expand(self, ControlSettings.from_dict(config.control))
 

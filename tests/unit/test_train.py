@@ -1,0 +1,168 @@
+"""Training: resumed = uninterrupted, accumulated = at once, damaged checkpoints are passed over."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from controlllm.config import ControlConfig, ModelConfig, ScheduleConfig, TrainConfig
+from controlllm.data.loader import Mix
+from controlllm.errors import UserError
+from controlllm.train.checkpoint import checkpoints, load_trained, newest_checkpoint, trained_tensors
+from controlllm.train.distributed import World
+from controlllm.train.model import load_model
+from controlllm.train.native import Trainer
+from controlllm.train.optim import learning_rate
+
+STEPS = 6
+
+
+class Rows(list):
+    pass
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    made = Rows()
+    for _ in range(10):
+        lengths = rng.integers(3, 20, size=3)
+        ids = rng.integers(2, 258, size=lengths.sum())
+        made.append({"input_ids": ids, "target": rng.random(len(ids)) < 0.6, "lengths": lengths})
+    return made
+
+
+def trainer(base, folder, *, control=True, **changes):
+    settings = {"steps": STEPS, "lr": 1e-2, "global_batch_size": 4, "precision": "float32", "checkpoint": {"every": 2}}
+    config = TrainConfig.model_validate(settings | changes)
+    torch.manual_seed(0)
+    model = load_model(base, ModelConfig(name=str(base)), ControlConfig(num_expanded=2) if control else None)
+    folder.mkdir(exist_ok=True)
+    return Trainer(model, Mix([(rows(), 1.0)], seed=0), config, world=World(), folder=folder)
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trained_tensors(trainer.model).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_it_learns(tiny_base, tmp_path, control):
+    run = trainer(tiny_base, tmp_path, control=control, steps=30, global_batch_size=10)
+    losses = [_step(run).cross_entropy for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def _step(run):
+    result = run.train_step()
+    run.step += 1
+    return result
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
+def test_resumed_is_uninterrupted(tiny_base, tmp_path, killed_after):
+    whole = trainer(tiny_base, tmp_path / "whole", micro_batch_size=2)
+    whole.train(None, None)
+
+    class Killed(Exception):
+        pass
+
+    part = trainer(tiny_base, tmp_path / "part", micro_batch_size=2)
+    ordinary = part.train_step
+
+    def step():
+        if part.step == killed_after:
+            raise Killed
+        return ordinary()
+
+    part.train_step = step
+    with pytest.raises(Killed):
+        part.train(None, None)
+    again = trainer(tiny_base, tmp_path / "part", micro_batch_size=2)
+    again.train(None, None)
+    assert equal(weights(again), weights(whole))
+    assert _log(tmp_path / "part") == _log(tmp_path / "whole")
+
+
+def _log(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_accumulated_is_at_once(tiny_base, tmp_path, micro_batch_size):
+    at_once, split = (trainer(tiny_base, tmp_path, micro_batch_size=n) for n in (4, micro_batch_size))
+    a, b = at_once.train_step(), split.train_step()
+    assert (a.tokens, a.targets) == (b.tokens, b.targets)
+    assert b.loss == pytest.approx(a.loss, abs=1e-6)
+    assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)
+
+
+def test_checkpointed_activations_change_nothing(tiny_base, tmp_path):
+    plain, saving = (trainer(tiny_base, tmp_path, activation_checkpointing=on) for on in (False, True))
+    a, b = _step(plain), _step(saving)
+    assert b.loss == pytest.approx(a.loss, abs=1e-7)
+    assert b.divergence == pytest.approx(a.divergence, abs=1e-7)
+    assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-6)
+
+
+def test_frozen_tensors_stay(tiny_base, tmp_path):
+    run = trainer(tiny_base, tmp_path)
+    frozen = {n: p.clone() for n, p in run.model.named_parameters() if not p.requires_grad}
+    run.train(None, None)
+    assert frozen
+    assert all(torch.equal(p, frozen[n]) for n, p in run.model.named_parameters() if n in frozen)
+
+
+def test_only_the_newest_are_kept_and_damage_is_passed_over(tiny_base, tmp_path, capsys):
+    run = trainer(tiny_base, tmp_path, steps=9, checkpoint={"every": 2, "keep": 2})
+    run.train(None, None)
+    kept = checkpoints(tmp_path / "checkpoints")
+    assert [f.name for f in kept] == ["step-00000006", "step-00000008"]
+    file = kept[-1] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert newest_checkpoint(tmp_path / "checkpoints") == kept[0]
+    assert "model.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_tensors_of_another_run_are_refused(tiny_base, tmp_path):
+    from safetensors.torch import save_file
+
+    run = trainer(tiny_base, tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="is of another run"):
+        load_trained(tmp_path / "x.safetensors", run.model)
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tiny_base, tmp_path):
+    run = trainer(tiny_base, tmp_path)
+    with torch.no_grad():
+        next(p for p in run.trained if p.ndim == 2)[0, 0] = float("nan")
+    before = weights(run)
+    with pytest.raises(UserError, match="not finite"):
+        run.train_step()
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), weights(run).values(), strict=True))
+
+
+def test_batch_must_be_shared_equally(tiny_base, tmp_path):
+    run = trainer(tiny_base, tmp_path)
+    with pytest.raises(UserError, match="cannot be shared equally by 3 processes"):
+        Trainer(run.model, run.mix, run.config, world=World(0, 3), folder=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedule(kind):
+    rates = [
+        learning_rate(s, steps=100, peak=2.0, schedule=ScheduleConfig(kind=kind, warmup_steps=10, final_fraction=0.1))
+        for s in range(100)
+    ]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == pytest.approx(2.0)
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(2.0 if kind == "constant" else 0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
