@@ -292,8 +292,12 @@ class BenchmarkConfig(Config):
     """Probes of the skill that is learned."""
     old: list[str] = ["mmlu", "prose", "code", "chat", "drift"]
     """Probes of what must not be forgotten; never trained on."""
-    items: Positive | None = None
-    """Items per probe; all when left out."""
+    items: Positive | dict[str, Positive] | None = None
+    """Items per probe, for all of them or by name; all items of a probe when left out."""
+
+    def items_of(self, probe: str) -> int | None:
+        return self.items.get(probe) if isinstance(self.items, dict) else self.items
+
     batch_size: Positive = 16
     """Items at a time."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

@@ -102,7 +102,7 @@ def _fingerprint(item: dict[str, Any]) -> str:
 def _probe_items(probe: Probe, base: Path, tokenizer: Any, benchmark: BenchmarkConfig) -> list[dict[str, Any]]:
     from controlllm.data.render import chat_text
 
-    limit = benchmark.items or (HELD_OUT_ITEMS if probe.source.startswith(GYM) else None)
+    limit = benchmark.items_of(probe.name) or (HELD_OUT_ITEMS if probe.source.startswith(GYM) else None)
     rows = read_rows(probe.source, rows=limit if probe.source.startswith(GYM) else None, seed=HELD_OUT_SEED)
     unique = {_fingerprint(item): item for row in rows for item in probe.items(row)}
     items = list(unique.values())

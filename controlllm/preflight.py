@@ -62,7 +62,9 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         _disk(shape)
         _sources(config)
         if serving and config.smoke and importlib.util.find_spec("vllm") is None:
-            raise _Wrong("smoke", "vLLM is not installed; pip install 'controlllm[serve-cpu]', or smoke: null to leave it out")
+            raise _Wrong(
+                "smoke", "vLLM is not installed; pip install 'controlllm[serve-cpu]', or smoke: null to leave it out"
+            )
     except _Wrong as wrong:
         where = read(Path(recipe), *overrides)[1].locate(wrong.path) if recipe else ""
         raise UserError(f"{where}{dotted(wrong.path)}: {wrong}") from None

@@ -12,11 +12,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from controlllm.control.expand import control_blocks, expand, freeze
 from controlllm.control.checkpoint_config import MODEL_TYPE
+from controlllm.control.expand import control_blocks, expand, freeze
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.settings import ControlSettings
-
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ work for every pair of tokens in it; with nine documents in a row that is nine t
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _plan(edges: tuple[int, ...]) -> tuple[list[tuple[Tensor, int]], Tensor]:
 
     A shorter document is filled up at its end with its last token: under a causal mask no real token sees that.
     """
-    documents = sorted(zip(edges, edges[1:], strict=False), key=lambda d: d[0] - d[1])
+    documents = sorted(pairwise(edges), key=lambda d: d[0] - d[1])
     restore = torch.empty(edges[-1], dtype=torch.long)
     groups: list[tuple[Tensor, int]] = []
     placed = first = 0

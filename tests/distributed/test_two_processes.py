@@ -14,7 +14,15 @@ LAUNCH = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port
 
 
 def train(recipe, *overrides, processes=1):
-    command = [sys.executable, *(LAUNCH if processes > 1 else []), "-m", "controlllm.cli", "train", str(recipe), *overrides]
+    command = [
+        sys.executable,
+        *(LAUNCH if processes > 1 else []),
+        "-m",
+        "controlllm.cli",
+        "train",
+        str(recipe),
+        *overrides,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

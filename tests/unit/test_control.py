@@ -54,7 +54,9 @@ def test_reloaded_is_saved(tiny_model, tmp_path):
 def test_cached_is_uncached(tiny_model, arguments):
     model = perturb(expanded(tiny_model, (0, 1, 2, 3)))
     prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 12, "min_new_tokens": 12}
-    plain = {k: v for k, v in arguments.items() if k != "cache_implementation"} | {"do_sample": "do_sample" in arguments}
+    plain = {k: v for k, v in arguments.items() if k != "cache_implementation"} | {
+        "do_sample": "do_sample" in arguments
+    }
     torch.manual_seed(3)
     uncached = model.generate(**prompt, **plain, use_cache=False)
     torch.manual_seed(3)
@@ -79,7 +81,10 @@ def test_only_twins_and_gates_are_trained(tiny_model):
         optimizer.step()
     assert all(".expanded." in n or ".interpolation." in n for n, p in model.named_parameters() if p.requires_grad)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    assert any(not torch.equal(block.expanded.mlp.up_proj.weight, block.frozen.mlp.up_proj.weight) for block in control_blocks(model))
+    assert any(
+        not torch.equal(block.expanded.mlp.up_proj.weight, block.frozen.mlp.up_proj.weight)
+        for block in control_blocks(model)
+    )
 
 
 def test_gate_can_be_fixed(tiny_model):
@@ -120,7 +125,9 @@ def test_detached_teacher_is_a_constant(tiny_model):
     def gradient(detach):
         model = perturb(expanded(deepcopy(tiny_model), detach_teacher=detach)).train()
         model(IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=1).loss.backward()
-        return control_blocks(model)[1].expanded.mlp.up_proj.weight.grad, control_blocks(model)[0].expanded.mlp.up_proj.weight.grad
+        return control_blocks(model)[1].expanded.mlp.up_proj.weight.grad, control_blocks(model)[
+            0
+        ].expanded.mlp.up_proj.weight.grad
 
     (top, lower), (top_too, lower_too) = gradient(True), gradient(False)
     assert torch.equal(top, top_too)

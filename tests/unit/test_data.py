@@ -87,7 +87,9 @@ def test_every_probe_has_items(name):
 
 
 def test_own_fields():
-    config = DatasetConfig(name="own", source="x.jsonl", format="prompt_completion", fields={"prompt": "q", "completion": "a"})
+    config = DatasetConfig(
+        name="own", source="x.jsonl", format="prompt_completion", fields={"prompt": "q", "completion": "a"}
+    )
     convert = find_dataset(config).convert
     assert convert(ROWS[0])[1] == {"role": "assistant", "content": "1"}
     with pytest.raises(UserError, match="field 'a' is missing or null; the row has: q"):
@@ -107,7 +109,9 @@ def test_text_is_all_target_and_ends(tokenizer):
     assert tokens.input_ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("document", [[{"role": "user", "content": "hi"}], "  ", [{"role": "assistant", "content": ""}]])
+@pytest.mark.parametrize(
+    "document", [[{"role": "user", "content": "hi"}], "  ", [{"role": "assistant", "content": ""}]]
+)
 def test_nothing_to_learn_is_refused(tokenizer, document):
     with pytest.raises(UserError, match="nothing to learn"):
         render(document, tokenizer)
@@ -153,7 +157,9 @@ def test_another_document_changes_nothing(tiny_model, implementation):
     attention.register()
     tiny_model.set_attn_implementation(implementation)
     a, b, c = np.arange(2, 20), np.arange(30, 45), np.arange(90, 105)
-    assert torch.equal(run(tiny_model, collate([packed(b, a)]))[:, 15:], run(tiny_model, collate([packed(c, a)]))[:, 15:])
+    assert torch.equal(
+        run(tiny_model, collate([packed(b, a)]))[:, 15:], run(tiny_model, collate([packed(c, a)]))[:, 15:]
+    )
 
 
 def run(model, batch):

@@ -89,7 +89,9 @@ def test_scores_are_what_the_model_gives(recipe, store):
     for name, score in scores.items():
         items = lines(folder / "items" / f"{name}.jsonl")
         assert len(items) == score["items"]
-        assert score["metrics"]["loss"] == pytest.approx(sum(i["loss"] for i in items) / sum(i["tokens"] for i in items))
+        assert score["metrics"]["loss"] == pytest.approx(
+            sum(i["loss"] for i in items) / sum(i["tokens"] for i in items)
+        )
 
 
 def test_own_file_with_a_bad_row_is_named(recipe, tmp_path):

@@ -30,7 +30,9 @@ def test_same_inputs_are_found():
     assert (second.path / "sub" / "out.txt").read_text() == "made"
 
 
-@pytest.mark.parametrize("change", [{"context_length": 9}, {"overlong": "drop"}, {"validation_fraction": 0.5}, {"strategy": "none"}])
+@pytest.mark.parametrize(
+    "change", [{"context_length": 9}, {"overlong": "drop"}, {"validation_fraction": 0.5}, {"strategy": "none"}]
+)
 def test_a_changed_setting_makes_anew_and_says_why(change, capsys):
     make()
     assert not make(PackConfig(**change)).cached
@@ -116,7 +118,11 @@ def test_lineage_names_inputs_and_parents():
 
 def test_comments_and_docstrings_are_not_code(tmp_path):
     hashes = []
-    for text in ("def f():\n    return 1\n", 'def f():\n    """Doc."""\n    return 1  # why\n', "def f():\n    return 2\n"):
+    for text in (
+        "def f():\n    return 1\n",
+        'def f():\n    """Doc."""\n    return 1  # why\n',
+        "def f():\n    return 2\n",
+    ):
         (tmp_path / "m.py").write_text(text)
         stages._source_hash.cache_clear()
         hashes.append(stages._source_hash(tmp_path / "m.py"))

@@ -146,7 +146,9 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny_base, tmp_path):
     before = weights(run)
     with pytest.raises(UserError, match="not finite"):
         run.train_step()
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), weights(run).values(), strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), weights(run).values(), strict=True)
+    )
 
 
 def test_batch_must_be_shared_equally(tiny_base, tmp_path):
