@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import yaml
 
@@ -152,11 +153,18 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _puzzles(kinds: list[str], *, rows: int, seed: int) -> Iterator[Row]:
-    """Kinds in turn; item i of a kind is made from seed + i, so only distant seeds give other puzzles."""
+    """Kinds (`gcd` or `chain_sum?max_terms=2&...`) in turn.
+
+    Item i of a kind is made from seed + i, so only distant seeds give other puzzles.
+    """
     import reasoning_gym
 
     each = -(-rows // len(kinds))
-    made = [reasoning_gym.create_dataset(kind, size=each, seed=seed) for kind in kinds]
+    asked = [(kind.partition("?")[0], dict(parse_qsl(kind.partition("?")[2]))) for kind in kinds]
+    made = [
+        reasoning_gym.create_dataset(name, size=each, seed=seed, **{key: int(value) for key, value in options.items()})
+        for name, options in asked
+    ]
     for number in range(rows):
         item = made[number % len(kinds)][number // len(kinds)]
-        yield {"kind": kinds[number % len(kinds)], "question": item["question"], "answer": item["answer"]}
+        yield {"kind": asked[number % len(kinds)][0], "question": item["question"], "answer": item["answer"]}

@@ -148,7 +148,9 @@ def test_sites(count, sites, chosen):
 
 
 @pytest.mark.parametrize(("count", "sites", "says"), [
-    (7, "evenly", "7 does not divide the model's 30 layers"), (31, "top", "31 sites do not fit"), (1, [30], "layer 30 is out of range"),
+    (7, "evenly", "7 does not divide the model's 30 layers"),
+    (31, "top", "31 sites do not fit"),
+    (1, [30], "layer 30 is out of range"),
 ])  # fmt: skip
 def test_wrong_sites(count, sites, says):
     with pytest.raises(ValueError, match=says):

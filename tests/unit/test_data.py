@@ -24,7 +24,7 @@ ROWS = [{"q": "one", "a": "1"}, {"q": "zwei", "a": "二"}]
 
 def packed(*documents):
     return {
-        "input_ids": np.concatenate([d for d in documents]),
+        "input_ids": np.concatenate(documents),
         "target": np.ones(sum(map(len, documents)), bool),
         "lengths": np.array([len(d) for d in documents]),
     }

@@ -97,7 +97,7 @@ def test_scores_are_what_the_model_gives(recipe, store):
 def test_own_file_with_a_bad_row_is_named(recipe, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     own = f"mix.datasets=[{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion}}]"
-    with pytest.raises(UserError, match="own.jsonl row 2: field 'completion' is missing or null"):
+    with pytest.raises(UserError, match=r"own\.jsonl row 2: field 'completion' is missing or null"):
         pipeline.run(load_config(recipe, own), until="ingest")
 
 
