@@ -39,9 +39,8 @@ def main(documents: int = 9, length: int = 110, repeats: int = 7) -> None:
     apart = (gradients["packed"] - gradients["sdpa"]).norm() / gradients["sdpa"].norm()
     packed, masked = (statistics.median(times[name]) for name in times)
     print(f"{documents} documents of {length} tokens, four layers of SmolLM2-135M's size, forward and backward")
-    print(
-        f"masked row {masked:.3f} s, packed {packed:.3f} s, ratio {masked / packed:.2f}; gradients differ by {apart:.1e}"
-    )
+    print(f"masked row {masked:.3f} s, packed {packed:.3f} s, ratio {masked / packed:.2f}")
+    print(f"gradients differ by {apart:.1e}")
 
 
 if __name__ == "__main__":

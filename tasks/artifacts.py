@@ -1,6 +1,7 @@
 """What passes between tasks: folders, and configs whose mistakes are one line."""
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -40,13 +41,14 @@ class Recipe(RunConfig):
     """A RunConfig as Flyte reads it: a mistake is one line for the person, not a traceback."""
 
     @classmethod
-    def model_validate_json(cls, *args: Any, **kwargs: Any) -> Any:
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Any:
         from controlllm.mistakes import explain
 
         try:
-            return super().model_validate_json(*args, **kwargs)
+            return super().model_validate_json(json_data, **kwargs)
         except ValidationError as error:
-            raise click.ClickException(explain(error, RunConfig, tree={}, source=Source())) from None
+            mistake = explain(error, RunConfig, tree=json.loads(json_data), source=Source())
+            raise click.ClickException(mistake) from None
 
 
 def publish(path: Path) -> FlyteDirectory:

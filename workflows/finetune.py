@@ -29,7 +29,7 @@ def finetune(config: Recipe) -> Finetuned:
     """Ingest, prepare, train, consolidate, benchmark, smoke test, report. Unchanged stages come from the cache."""
     checked = preflight(config=config)
     raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark)
-    checked >> raw
+    checked >> raw.base  # order: a run that cannot work ends before it begins
     shards = prepare(base=raw.base, data=raw.data, pack=config.pack)
     trained = train(
         base=raw.base,

@@ -111,6 +111,5 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     labels = np.where(np.concatenate([row["target"] for row in rows]), ids, IGNORED)
     labels[edges[:-1]] = IGNORED  # a document's first token must not be predicted from the document before it
     positions = np.arange(len(ids)) - np.repeat(edges[:-1], lengths)
-    return Batch(
-        *(torch.from_numpy(a)[None] for a in (ids, labels, positions)), torch.from_numpy(edges.astype(np.int32))
-    )
+    ids, labels, positions = (torch.from_numpy(array)[None] for array in (ids, labels, positions))
+    return Batch(ids, labels, positions, torch.from_numpy(edges.astype(np.int32)))

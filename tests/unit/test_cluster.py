@@ -58,7 +58,7 @@ def test_two_nodes_of_eight_gpus():
     assert task["type"] == "pytorch"
     assert task["custom"]["workerReplicas"]["replicas"] == 2
     assert task["custom"]["elasticConfig"]["nprocPerNode"] == 8
-    assert task["custom"]["elasticConfig"]["maxRestarts"] == 0
+    assert task["custom"]["elasticConfig"].get("maxRestarts", 0) == 0  # protobuf leaves zeros out
     assert "masterReplicas" not in task["custom"]
     container = task["pod"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
