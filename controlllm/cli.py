@@ -10,6 +10,7 @@ import typer
 
 from controlllm import __version__
 from controlllm.errors import one_line
+from controlllm.progress import prepare_environment
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as workflows/recipes/demo.yaml.")]
 Overrides = Annotated[
@@ -150,8 +151,7 @@ def _checked(recipe: str, overrides: list[str]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake is one line on stderr and exit code 1, or 2 if the command itself is wrong."""
-    # Before torch is loaded: threads that spin while they wait make a busy machine ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"] or ["--help"]

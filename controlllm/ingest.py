@@ -95,7 +95,7 @@ def _documents(config: DatasetConfig, held_out: set[str]) -> Iterator[dict[str, 
 
 def _fingerprint(item: dict[str, Any]) -> str:
     """Equal for the same question, whoever answers it."""
-    text = item.get("text") or item.get("prompt") or item["messages"][0]["content"]
+    text = item["messages"][0]["content"] if "messages" in item else item.get("text") or item["prompt"]
     return " ".join(text.split()).lower()
 
 

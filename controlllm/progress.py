@@ -1,5 +1,6 @@
 """What a person sees while waiting: one line per stage, a bar with ETA on a terminal, a line now and then in a log."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 LOG_EVERY_SECONDS = 15.0
+
+
+def prepare_environment() -> None:
+    """What must be in the environment before torch and tqdm are imported."""
+    # Threads that spin while they wait make a busy machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The bars of libraries would stand between ours, and as hundreds of lines in a log.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 class Advance(Protocol):

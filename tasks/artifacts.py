@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from controlllm.config import RunConfig
 from controlllm.errors import UserError, one_line
+from controlllm.progress import prepare_environment
 from controlllm.recipe import Source
 from controlllm.store import code_version, content_hash, content_of
 
@@ -22,8 +23,7 @@ from controlllm.store import code_version, content_hash, content_of
 # On a cluster, where the store is a pod's own disk, Flyte's catalog is.
 os.environ.setdefault("FLYTE_LOCAL_CACHE_ENABLED", "false")
 
-# Before torch is loaded: threads that spin while they wait make a busy machine ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+prepare_environment()
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,6 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import controlllm  # noqa: F401
 from controlllm import pipeline
 from controlllm.config import load_config
+from controlllm.data.catalog import CATALOG
+from controlllm.data.probes import HELD_OUT_SEED
+from controlllm.data.sources import read_rows
 from controlllm.errors import UserError
 from controlllm.store import read_lineage
 
@@ -33,6 +36,17 @@ def test_nothing_measured_is_trained_on(recipe, store):
     assert len(trained) > 30
     assert len(held_out) == 12
     assert not trained & {item["messages"][0]["content"] for item in held_out}
+
+
+def test_held_out_questions_are_left_out_of_any_data(recipe, store, tmp_path):
+    measured = list(read_rows(CATALOG["puzzles"].source, rows=12, seed=HELD_OUT_SEED))
+    other = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured + other))
+    fields = "{prompt: question, completion: answer}"
+    own = f"{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion, fields: {fields}}}"
+    pipeline.run(load_config(recipe, f"mix.datasets=[{own}]"), until="ingest")
+    trained = lines(only(store, "ingest-data") / "train" / "own.jsonl")
+    assert [row["messages"][0]["content"] for row in trained] == [row["question"] for row in other]
 
 
 def test_rows_in_are_rows_out(recipe, store):
