@@ -13,6 +13,7 @@ from tasks.artifacts import Recipe, is_local, local, one_line_errors
     requests=cluster.light(),
     environment=cluster.environment(),
     enable_deck=True,
+    deck_fields=(),  # the report alone; flytekit's own fields ask pip, which need not be there
 )
 @one_line_errors
 def report(
