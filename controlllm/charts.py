@@ -145,7 +145,7 @@ def _signed(
         row["text"] = f"{row['difference']:+.{digits}f}".replace("-", "−") + unit
         row["end"] = max(row["high"], 0) if row["difference"] >= 0 else min(row["low"], 0)
     low, high = min(span[0], *(row["low"] for row in rows)), max(span[1], *(row["high"] for row in rows))
-    room = 0.26 * (high - low)
+    room = 0.34 * (high - low)  # for the numbers beside the bars
     x = alt.Scale(domain=[low - room if low else low, high + room], reverse=reverse, nice=False)
     shared = alt.Chart(alt.InlineData(values=rows)).encode(
         y=alt.Y("probe:N", sort=None, title=None, scale=alt.Scale(paddingInner=0.3)),
