@@ -9,8 +9,9 @@ from typing import Any
 
 from controlllm.config import RunConfig
 from controlllm.errors import UserError
+from controlllm.fingerprint import content_of
 from controlllm.report import StageTime, build_report, print_summary
-from controlllm.store import content_of, read_lineage, run_stage
+from controlllm.store import read_lineage, run_stage
 
 
 def report(

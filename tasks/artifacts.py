@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from controlllm.config import RunConfig
 from controlllm.errors import UserError, one_line
+from controlllm.fingerprint import code_version, content_of
 from controlllm.progress import prepare_environment
 from controlllm.recipe import Source
-from controlllm.store import code_version, content_hash, content_of
+from controlllm.store import content_hash
 
 # On this machine the stage store is the cache: it says why a stage runs, and notices a changed or removed output.
 # On a cluster, where the store is a pod's own disk, Flyte's catalog is.

@@ -4,18 +4,17 @@ Only complete folders have a manifest, every file is verified before it is read,
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from controlllm.errors import UserError
+from controlllm.fingerprint import hash_file, sync
 from controlllm.progress import console
 
 MANIFEST = "manifest.json"
@@ -34,13 +33,13 @@ def save_checkpoint(root: Path, step: int, model: nn.Module, optimizer: torch.op
     partial.mkdir(parents=True)
     save_file({k: v.contiguous().cpu() for k, v in trained_tensors(model).items()}, partial / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    files = {file.name: _hash(file) for file in sorted(partial.iterdir())}
+    files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for file in [*partial.iterdir(), partial]:
-        _sync(file)
+        sync(file)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     for old in checkpoints(root)[:-keep]:
         _remove(old)
     return final
@@ -111,27 +110,11 @@ def _problem(folder: Path) -> str | None:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         for name, digest in manifest["files"].items():
-            if _hash(folder / name) != digest:
+            if hash_file(folder / name) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(folder: Path) -> None:

