@@ -16,7 +16,7 @@ LOG_EVERY_SECONDS = 15.0
 
 def prepare_environment() -> None:
     """What must be in the environment before torch and tqdm are imported."""
-    # Threads that spin while they wait make a busy machine ten times slower.
+    # Threads that spin while they wait slow everything down on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # The bars of libraries would stand between ours, and as hundreds of lines in a log.
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -15,7 +15,7 @@ class Interpolation(nn.Module):
 
     def forward(self, frozen: Tensor, expanded: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, seq, hidden) each → the blend, and alpha, the weight of `expanded`, 0..1, that broadcasts to it."""
-        raise NotImplementedError  # an abstract method
+        raise NotImplementedError  # every registered class has its own
 
 
 STRATEGIES: dict[str, type[Interpolation]] = {}

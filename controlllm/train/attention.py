@@ -1,7 +1,7 @@
 """Attention over packed rows that computes nothing between documents: each one by itself, causally.
 
 The exact twin of flash-attention's varlen call for devices without it. A mask over the whole row would do the same
-work for every pair of tokens in it; with nine documents in a row that is nine times too much.
+work for every pair of tokens in it; most of it for pairs that must not see each other (bench/packed_attention.py).
 """
 
 from functools import lru_cache
@@ -33,7 +33,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query (1, heads, tokens, head_dim), key and value with fewer heads; cu_seq_lens_q (documents + 1,) boundaries."""
     groups, restore = _plan(tuple(cu_seq_lens_q.tolist()))
-    # float32 inside: more exact, and on CPUs the backward pass is three times as fast as in bfloat16.
+    # float32 inside: more exact, and on CPUs the bfloat16 kernel is the slower one.
     inputs = [tensor[0].float() if tensor.device.type == "cpu" else tensor[0] for tensor in (query, key, value)]
     outputs = []
     for index, width in groups:
