@@ -29,6 +29,8 @@ def _no_flag(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_yaml_exponent), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[PositiveInt, Field(le=10**12)]
+# Interpolations with one weight per site, and not one per token.
+SCALAR_ALPHA = ("lerp", "slerp", "prog", "proj")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -51,25 +53,56 @@ class ModelConfig(Config):
     """Kernel while training: packed runs each document of a row by itself, the others are transformers' names."""
 
 
+class RampConfig(Config):
+    """How a weight moves while training, from its own value to `final`; constant keeps it."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the way."""
+    final: Annotated[Number, Field(ge=0)] | None = None
+    """Value at the end of it."""
+    steps: Positive | None = None
+    """Optimizer steps it takes; all of the run when left out."""
+
+    @model_validator(mode="after")
+    def _final_given(self) -> "RampConfig":
+        if (self.kind == "constant") != (self.final is None):
+            need = "takes no final" if self.kind == "constant" else "needs final, the value at the end"
+            raise ValueError(f"kind {self.kind} {need}")
+        return self
+
+
 class ControlConfig(Config):
     """Which blocks get a trainable twin, and how the pair is held together (arXiv 2501.10979)."""
 
     layout: Literal["concat", "stack", "hybrid"] = "concat"
-    """concat runs the twin beside the frozen block, stack after it, hybrid alternates."""
+    """concat runs the twin beside the frozen block, stack after it, hybrid alternates: stack, concat, stack, ..."""
     num_expanded: Positive = 8
     """Number of sites E; with an explicit list of sites it must be the list's length."""
     sites: Literal["evenly", "top", "every_nth_of_top"] | list[Count] = "evenly"
     """Where the twins stand; a list gives the layer indices themselves."""
-    interpolation: Literal["lerp", "dlerp", "dlerpin", "slerp", "moe", "prog", "proj", "none"] = "lerp"
+    every_nth: Positive = 2
+    """Distance between two sites of every_nth_of_top, counted down from the last layer."""
+    interpolation: Literal["lerp", "dlerp", "dlerpin", "slerp", "moe", "moe_hard", "prog", "proj", "none"] = "lerp"
     """How the outputs of block and twin are blended; none takes the twin's alone."""
     alpha: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """Weight of the twin's output at the start."""
     train_alpha: bool = True
-    """Whether that weight is learned."""
+    """Whether that weight (of a gate: its bias) is learned."""
+    alpha_schedule: RampConfig = RampConfig()
+    """Moves it by the step instead; needs train_alpha: false."""
+    norm_relaxation: Annotated[Number, Field(ge=0, le=1)] | Literal["learned"] = 0.0
+    """Share of its input that each norm of the twin lets through; learned starts at 0, a number above 0 starts away
+    from the base model."""
     divergence: Literal["mse", "cosine", "dot", "attention", "none"] = "mse"
-    """Loss that holds the twin's output near the frozen block's."""
+    """Loss that holds the twin's output near the frozen block's; attention compares attention maps."""
     divergence_weight: Annotated[Number, Field(ge=0)] = 1.0
     """Its weight beside the cross-entropy."""
+    divergence_schedule: RampConfig = RampConfig()
+    """Moves that weight by the step."""
+    divergence_alpha: Literal["fixed", "gate"] = "fixed"
+    """gate weighs each token's divergence by the weight of the twin's output there."""
+    teacher: Literal["block", "trajectory"] = "block"
+    """What the twin is held to: the frozen block on the same input, or the base model's own hidden state there."""
     detach_teacher: bool = True
     """Whether the divergence's gradient stops at the frozen block's output."""
 
@@ -80,6 +113,30 @@ class ControlConfig(Config):
                 raise ValueError(f"sites {self.sites} must be ascending and without repeats")
             if len(self.sites) != self.num_expanded:
                 raise ValueError(f"num_expanded is {self.num_expanded} but sites lists {len(self.sites)} layers")
+        if self.layout == "hybrid" and self.num_expanded % 2:
+            raise ValueError(
+                f"layout hybrid alternates stack and concat: num_expanded must be even, found {self.num_expanded}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> "ControlConfig":
+        final = self.alpha_schedule.final
+        if final is None:
+            return self
+        if self.train_alpha:
+            raise ValueError("alpha_schedule moves a weight that train_alpha would learn: set train_alpha to false")
+        if self.layout == "stack" or self.interpolation not in SCALAR_ALPHA:
+            what = "layout stack" if self.layout == "stack" else f"interpolation {self.interpolation}"
+            raise ValueError(f"alpha_schedule needs one weight per site ({', '.join(SCALAR_ALPHA)}); {what} has none")
+        if not 0 < final < 1:
+            raise ValueError(f"alpha_schedule.final must be between 0 and 1, found {final}")
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_fits(self) -> "ControlConfig":
+        if self.divergence == "attention" and self.teacher == "trajectory":
+            raise ValueError("teacher trajectory keeps hidden states: divergence attention needs teacher: block")
         return self
 
 
@@ -357,6 +414,11 @@ class RunConfig(Config):
             raise ValueError("control and lora exclude each other: leave one section out")
         if self.validation and not self.pack.validation_fraction:
             raise ValueError("validation needs held-back documents: set pack.validation_fraction, for example to 0.02")
+        if self.control and self.control.divergence == "attention" and self.model.attention != "eager":
+            raise ValueError(
+                "control.divergence attention needs the attention maps: set model.attention to eager, "
+                f"found {self.model.attention}"
+            )
         if self.quantization and not (self.control or self.lora):
             raise ValueError("quantization stores frozen weights: it needs a control or a lora section")
         return self

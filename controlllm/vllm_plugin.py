@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from controlllm.control.settings import ControlSettings
+
 # vLLM imports a model's class by this name when a checkpoint asks for it, and not before.
 MODEL_CLASS = "ControlForCausalLM"
 
@@ -49,8 +51,8 @@ def _model_class() -> type:
 
 @contextmanager
 def _attentions_as_layers(config: Any) -> Iterator[None]:
-    """While inside, the config counts attentions: the decoder layers', then one per site, of that site's kind."""
-    sites = config.control["sites"]
+    """While inside, the config counts attentions: the decoder layers', then one per pair, of that layer's kind."""
+    sites = ControlSettings.from_dict(config.control).paired
     kinds = getattr(config, "layer_types", None)
     counted: dict[str, Any] = {"num_hidden_layers": config.num_hidden_layers + len(sites)}
     if kinds is not None:

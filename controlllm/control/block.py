@@ -1,59 +1,115 @@
 """A frozen block and its trainable twin, in the place of one decoder layer."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from controlllm.control.divergence import DIVERGENCES
+from controlllm.control.blend import blended
+from controlllm.control.divergence import DIVERGENCES, attention_divergence
 from controlllm.control.interpolation import STRATEGIES
+from controlllm.control.norm import relax_norms
 from controlllm.control.settings import ControlSettings
 
 
 class ControlBlock(nn.Module):
-    """Runs both blocks on the same input and returns the blend; leaves the divergence in `self.divergence`."""
+    """Runs both blocks on the same input and returns the blend; while measured, leaves the divergence in itself."""
 
     def __init__(self, frozen: nn.Module, settings: ControlSettings, *, hidden_size: int, cache_slot: int):
         super().__init__()
         self.frozen = frozen
         self.expanded = copy.deepcopy(frozen)
-        self.interpolation = STRATEGIES[settings.interpolation](
-            hidden_size, alpha=settings.alpha, train_alpha=settings.train_alpha
-        )
+        if settings.norm_relaxation != 0:
+            relax_norms(self.expanded, settings.norm_relaxation)
+        self.interpolation = STRATEGIES[settings.interpolation](hidden_size, alpha=settings.alpha)
         self.train_alpha = settings.train_alpha
-        self.measure = DIVERGENCES[settings.divergence]
+        self.divergence_name = settings.divergence
+        self.divergence_weight = settings.divergence_weight
+        self.weigh_by_gate = settings.divergence_alpha == "gate"
         self.detach_teacher = settings.detach_teacher
+        self.alpha_scale = settings.alpha_scale
+        self.measuring = False
+        self.base_only = False
+        self.token_mask: Tensor | None = None
+        self.trajectory: Tensor | None = None
         self.divergence: Tensor | None = None
         # A slot of its own in the KV cache makes cached and uncached generation equal without patching a cache.
-        attention_of(self.expanded).layer_idx = cache_slot  # type: ignore[assignment]
+        set_layer_index(self.expanded, cache_slot)
 
-    def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(batch, seq, hidden) → the same. `token_mask` (batch, seq) is True where a token counts."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, seq, hidden) → the same."""
+        if self.base_only:
+            frozen = self.trajectory = self.frozen(hidden_states, *args, **kwargs)
+            return frozen
         if isinstance(cache := kwargs.get("past_key_values"), Cache):
-            _reserve(cache, like=attention_of(self.frozen).layer_idx, slot=attention_of(self.expanded).layer_idx)  # type: ignore[arg-type]
-        frozen = self.frozen(hidden_states, *args, **kwargs)
-        expanded = self.expanded(hidden_states, *args, **kwargs)
-        blend, _alpha = self.interpolation(frozen, expanded, hidden_states)
-        if self.training and self.measure is not None:
-            teacher = frozen.detach() if self.detach_teacher else frozen
-            self.divergence = _sum(self.measure(teacher, expanded), token_mask)
-        return blend
+            _reserve(cache, like=layer_index(self.frozen), slot=layer_index(self.expanded))
+        with _attention_maps(self, self.measuring and self.divergence_name == "attention") as maps:
+            frozen = self.frozen(hidden_states, *args, **kwargs)
+            expanded = self.expanded(hidden_states, *args, **kwargs)
+        out = blended(
+            self.interpolation,
+            DIVERGENCES[self.divergence_name] if self.measuring else None,
+            frozen,
+            expanded,
+            hidden_states,
+            teacher=self.trajectory,
+            detach_teacher=self.detach_teacher,
+        )
+        distance = self._attention_distance(*maps) if maps else out.distance
+        if distance is not None:
+            self.divergence = self._sum(distance, out.weights.alpha, out.weights.gate)
+        if self.alpha_scale == 1:
+            return out.hidden
+        return torch.lerp(frozen, out.hidden, self.alpha_scale)  # at 0 exactly the frozen output
+
+    def _attention_distance(self, frozen: Tensor, expanded: Tensor) -> Tensor:
+        return attention_divergence(frozen.detach() if self.detach_teacher else frozen, expanded)
+
+    def _sum(self, distance: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+        """Weighted sum over the tokens that count."""
+        if self.weigh_by_gate:
+            distance = distance * gate.squeeze(-1)
+        elif self.interpolation.counts_chosen:
+            distance = distance * alpha.detach().squeeze(-1)
+        if self.token_mask is not None:
+            distance = torch.where(self.token_mask, distance, 0.0)
+        return self.divergence_weight * distance.sum()
+
+
+@contextmanager
+def measuring(blocks: list[ControlBlock], token_mask: Tensor | None) -> Iterator[None]:
+    """While inside, every block leaves its divergence. token_mask (batch, seq) is True where a token counts."""
+    for block in blocks:
+        block.measuring, block.token_mask, block.divergence = True, token_mask, None
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.measuring, block.token_mask, block.trajectory = False, None, None
 
 
 def attention_of(block: nn.Module) -> nn.Module:
-    """The block's attention: the one module inside it that knows its layer index."""
-    found = [module for module in block.modules() if hasattr(module, "layer_idx")]
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(block).__name__} has {len(found)} modules with a layer_idx; one attention was expected"
-        )
-    return found[0]
+    """The block's attention: the innermost module that knows its layer index. ValueError says what was looked for."""
+    indexed = [module for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    inner = [m for m in indexed if not any(other is not m and other in set(m.modules()) for other in indexed)]
+    if len(inner) != 1:
+        raise ValueError(f"{type(block).__name__}: looked for one attention with a layer_idx, found {len(inner)}")
+    return inner[0]
 
 
-def _sum(per_token: Tensor, mask: Tensor | None) -> Tensor:
-    return per_token.sum() if mask is None else torch.where(mask, per_token, 0.0).sum()
+def layer_index(block: nn.Module) -> int:
+    """The slot of a block's attention in the KV cache."""
+    return attention_of(block).layer_idx  # type: ignore[return-value]
+
+
+def set_layer_index(block: nn.Module, index: int) -> None:
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = index  # type: ignore[assignment]
 
 
 def _reserve(cache: Cache, *, like: int, slot: int) -> None:
@@ -63,3 +119,24 @@ def _reserve(cache: Cache, *, like: int, slot: int) -> None:
     """
     while like < len(cache.layers) <= slot and cache.layer_class_to_replicate is None:
         cache.layers.append(copy.deepcopy(cache.layers[like]))
+
+
+@contextmanager
+def _attention_maps(block: ControlBlock, wanted: bool) -> Iterator[list[Tensor]]:
+    """The attention maps (batch, heads, seq, keys) of the frozen block and its twin, in this order."""
+    maps: list[Tensor] = []
+    if not wanted:
+        yield maps
+        return
+
+    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not isinstance(output, tuple) or output[1] is None:
+            raise ValueError("divergence attention needs the attention maps: load the model with attention eager")
+        maps.append(output[1])
+
+    handles = [attention_of(part).register_forward_hook(keep) for part in (block.frozen, block.expanded)]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()

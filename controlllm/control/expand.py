@@ -1,27 +1,109 @@
 """Turning a decoder into an expanded one, and saying which of its tensors are trained."""
 
-from torch import nn
-from transformers import PreTrainedModel
+import copy
+from typing import Any
 
-from controlllm.control.block import ControlBlock
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from controlllm.control.block import ControlBlock, attention_of, set_layer_index
 from controlllm.control.settings import ControlSettings
 
+# The last linear maps of attention and MLP in the families of transformers: zeroed, a pre-norm block is the identity.
+OUTPUT_NAMES = ("o_proj", "down_proj", "out_proj", "dense", "c_proj", "fc2", "wo", "w2", "dense_4h_to_h")
 
-def expand(decoder: PreTrainedModel, settings: ControlSettings) -> None:
+
+def expanded_config(base: PreTrainedConfig, settings: ControlSettings) -> dict[str, Any]:
+    """The base config's fields with the stacked layers counted, also in lists that have one entry per layer."""
+    values, layers = base.to_dict(), base.num_hidden_layers
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == layers:
+            values[name] = [entry for i, entry in enumerate(value) for _ in range(1 + (i in settings.stacked_sites))]
+    return values | {"num_hidden_layers": layers + len(settings.stacked_sites), "control": settings.to_dict()}
+
+
+def stack(decoder: nn.Module, settings: ControlSettings) -> None:
+    """Insert the copies after their sites, in place; each starts as the identity."""
+    layers = decoder_layers(decoder)
+    for index in settings.stacked:
+        layers.insert(index, identity_copy(layers[index - 1]))
+    for index, layer in enumerate(layers):
+        set_layer_index(layer, index)
+
+
+def pair(decoder: nn.Module, settings: ControlSettings) -> None:
     """Replace the decoder layers at the sites by ControlBlocks, in place."""
     layers = decoder_layers(decoder)
-    for number, site in enumerate(settings.sites):
-        layers[site] = ControlBlock(
-            layers[site], settings, hidden_size=decoder.config.hidden_size, cache_slot=len(layers) + number
+    hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
+    for number, index in enumerate(settings.paired):
+        slot = len(layers) + number
+        layers[index] = ControlBlock(layers[index], settings, hidden_size=hidden_size, cache_slot=slot)  # type: ignore[arg-type]
+    if settings.alpha_scale != 1:
+        for index in settings.stacked:
+            dim(layers[index], settings.alpha_scale)
+    for layer in layers:
+        layer.is_decoder_layer = True  # type: ignore[assignment] - for `output_hidden_states`
+
+
+def dim(layer: nn.Module, alpha_scale: float) -> None:
+    """Let only a share of what a stacked layer adds through; at 0 exactly its input."""
+
+    def hook(_layer: nn.Module, inputs: Any, output: Any) -> Any:
+        return torch.lerp(inputs[0], output, alpha_scale)
+
+    layer.register_forward_hook(hook)
+
+
+def identity_copy(layer: nn.Module) -> nn.Module:
+    """A copy whose attention and MLP give zero, so that only the residual stream is left."""
+    twin = copy.deepcopy(layer)
+    zeroed = [_zero(module) for name, module in twin.named_modules() if name.rpartition(".")[2] in OUTPUT_NAMES]
+    zeroed += [
+        _zero_parameter(parameter)
+        for name, parameter in twin.named_parameters()
+        if name.rpartition(".")[2] in OUTPUT_NAMES  # experts that are one tensor
+    ]
+    if len(zeroed) < 2:
+        raise ValueError(
+            f"{type(layer).__name__}: looked for the output projections of attention and MLP by the names "
+            f"{', '.join(OUTPUT_NAMES)}, found {len(zeroed)}; a stacked copy cannot start as the identity"
         )
+    return twin
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        _zero_parameter(parameter)
+
+
+def _zero_parameter(parameter: nn.Parameter) -> None:
+    parameter.data.zero_()
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     """The list of blocks of a Hugging Face decoder; ValueError says what was looked for."""
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no ModuleList called 'layers'; its blocks cannot be found")
-    return layers
+    wanted = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [module for module in lists.values() if len(module) == wanted and all(map(_is_block, module))]
+    if len(found) == 1:
+        return found[0]
+    seen = ", ".join(
+        f"{name} with {len(module)} × {type(module[0]).__name__}" for name, module in lists.items() if len(module)
+    )
+    raise ValueError(
+        f"{type(decoder).__name__}: looked for one ModuleList of {wanted} blocks, each with one attention that has a "
+        f"layer_idx, found {len(found)} (ModuleLists: {seen or 'none'})"
+    )
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, ControlBlock):
+        return True
+    try:
+        return attention_of(module) is not module
+    except ValueError:
+        return False
 
 
 def control_blocks(model: nn.Module) -> list[ControlBlock]:
@@ -29,10 +111,33 @@ def control_blocks(model: nn.Module) -> list[ControlBlock]:
     return [module for module in model.modules() if isinstance(module, ControlBlock)]
 
 
-def freeze(model: nn.Module) -> None:
-    """Leave only the twins and the interpolations trainable. A call of its own: `from_pretrained` resets it."""
+def settings_of(model: Any) -> ControlSettings | None:
+    """The settings in a model's config, or None for a model that is not expanded."""
+    values = getattr(model.config, "control", None)
+    return ControlSettings.from_dict(values) if values else None
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Leave only what Control LLM trains: twins, stacked copies and interpolations.
+
+    A call of its own, because `from_pretrained` resets `requires_grad`.
+    """
     model.requires_grad_(False)
+    settings = settings_of(model)
+    for index in settings.stacked if settings else []:
+        decoder_layers(model.base_model)[index].requires_grad_(True)
     for block in control_blocks(model):
         block.expanded.requires_grad_(True)
-        for parameter in block.interpolation.parameters():
-            parameter.requires_grad_(block.train_alpha)
+        block.interpolation.requires_grad_(True)
+        for parameter in _kept_still(block):
+            parameter.requires_grad_(False)
+
+
+def _kept_still(block: ControlBlock) -> list[nn.Parameter]:
+    """Parameters of a pair that are not trained: what no loss depends on, and the weights if `train_alpha` is false."""
+    interpolation, measured = block.interpolation, block.divergence_name != "none"
+    names = set(interpolation.without_gradient(measured=measured, gated=block.weigh_by_gate))
+    if block.train_alpha:
+        return [interpolation.get_parameter(name) for name in names]
+    relaxations = [p for name, p in block.expanded.named_parameters() if name.endswith("relaxation_logit")]
+    return [interpolation.get_parameter(name) for name in names | set(interpolation.alpha_parameters)] + relaxations

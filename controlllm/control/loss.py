@@ -1,5 +1,7 @@
 """What is trained: cross-entropy over the targets plus the divergence of the twins."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from controlllm.control.expand import control_blocks
+from controlllm.control.block import ControlBlock, measuring
+from controlllm.control.expand import control_blocks, decoder_layers, settings_of
 
 IGNORED = -100
 
 
 @dataclass
 class ControlOutput(CausalLMOutputWithPast):
-    """`loss` is what is trained; its parts stand beside it, detached: loss = cross_entropy + weight · divergence."""
+    """`loss` = `cross_entropy` + `divergence` is what is trained; its parts stand beside it, detached."""
 
     cross_entropy: Tensor | None = None
     divergence: Tensor | None = None
@@ -29,42 +32,76 @@ def forward_with_loss(
     num_items_in_batch: Tensor | int | None = None,
     num_tokens_in_batch: Tensor | int | None = None,
     token_mask: Tensor | None = None,
+    all_logits: bool = False,
     **kwargs: Any,
 ) -> ControlOutput:
     """Run any Hugging Face causal LM, expanded or plain, and return its loss.
 
-    labels (batch, seq), -100 where nothing is learned; token_mask (batch, seq), False on padding. The counts are
-    targets and tokens of the global batch, so that micro-batches and processes add up; by default of this batch.
+    labels (batch, seq), -100 where nothing is learned; token_mask (batch, seq), False on padding (by default what
+    attention_mask says). The counts are targets and tokens of the global batch, so that micro-batches and processes
+    add up; by default of this batch. Without `all_logits` the head runs only on positions that have a target.
+
+    loss = Σ cross-entropy / targets + mean over pairs of Σ weight · divergence / tokens (equation 5 of the paper).
     """
     blocks = control_blocks(model)
-    if blocks:
-        kwargs["token_mask"] = token_mask
-    out = model.base_model(input_ids=input_ids, **kwargs)
-    entropy, targets = cross_entropy_sum(model, out.last_hidden_state, labels)
-    entropy = entropy / (targets if num_items_in_batch is None else num_items_in_batch)
+    if token_mask is None and (mask := kwargs.get("attention_mask")) is not None and mask.ndim == 2:
+        token_mask = mask.bool()
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    wanted = shifted != IGNORED
+    with measuring(blocks, token_mask):
+        _follow_trajectory(model, blocks, input_ids, kwargs)
+        out = _forward(model, input_ids, kwargs, wanted=None if all_logits else wanted)
+        per_block = [block.divergence for block in blocks if block.divergence is not None]
+    columns = slice(None) if all_logits else wanted.any(0)
+    logits = out.logits[wanted[:, columns]].float()  # (targets, vocabulary)
+    entropy = F.cross_entropy(logits, shifted[wanted], reduction="sum")
+    entropy = entropy / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
     if num_tokens_in_batch is None:
         num_tokens_in_batch = labels.numel() if token_mask is None else token_mask.sum()
-    loss, divergence = entropy, None
-    per_block = [block.divergence for block in blocks if block.divergence is not None]
-    if model.training and per_block:
-        divergence = torch.stack(per_block).mean() / num_tokens_in_batch
-        loss = entropy + model.config.control["divergence_weight"] * divergence
+    divergence = torch.stack(per_block).mean() / num_tokens_in_batch if per_block else torch.zeros_like(entropy)
+    for block in blocks:
+        block.divergence = None  # it holds this step's graph
     return ControlOutput(
-        loss=loss,  # type: ignore[arg-type] - transformers says FloatTensor where any Tensor is meant
+        loss=entropy + divergence if per_block else entropy,  # type: ignore[arg-type]
+        logits=out.logits if all_logits else None,
         past_key_values=out.past_key_values,
+        hidden_states=out.hidden_states,
+        attentions=out.attentions,
         cross_entropy=entropy.detach(),
-        divergence=None if divergence is None else divergence.detach(),
+        divergence=divergence.detach() if blocks or settings_of(model) else None,
     )
 
 
-def cross_entropy_sum(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, seq, hidden) → summed loss in float32, number of targets.
+def _forward(model: Any, input_ids: Tensor | None, kwargs: dict[str, Any], *, wanted: Tensor | None) -> Any:
+    """The family's own forward pass, with all it does to its logits; the head is a fifth of the work of a small model,
+    so it runs only where there is a target."""
+    keep = 0 if wanted is None else wanted.any(0).nonzero().squeeze(-1)
+    plain = getattr(type(model), "plain_forward", type(model).forward)
+    return plain(model, input_ids=input_ids, logits_to_keep=keep, **kwargs)
 
-    The head runs only where there is a target: with a vocabulary of 49,152 it would otherwise be a fifth of the work.
-    """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    wanted = shifted != IGNORED
-    logits = model.get_output_embeddings()(hidden[wanted]).float()  # (targets, vocabulary)
-    if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return F.cross_entropy(logits, shifted[wanted], reduction="sum"), wanted.sum()
+
+def _follow_trajectory(model: Any, blocks: list[ControlBlock], input_ids: Tensor | None, kwargs: Any) -> None:
+    """Let every block keep the base model's own hidden state, where that is the teacher."""
+    settings = settings_of(model)
+    if not blocks or settings is None or settings.teacher != "trajectory" or settings.divergence == "none":
+        return
+    with torch.no_grad(), base_only(model):
+        model.base_model(input_ids=input_ids, **{**kwargs, "use_cache": False})
+
+
+@contextmanager
+def base_only(model: Any) -> Iterator[None]:
+    """While inside, the model computes what its base would."""
+    settings, blocks = settings_of(model), control_blocks(model)
+    layers = decoder_layers(model.base_model)
+    stacked = [layers[index] for index in settings.stacked] if settings else []
+    handles = [layer.register_forward_hook(lambda _layer, inputs, _output: inputs[0]) for layer in stacked]
+    for block in blocks:
+        block.base_only = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.base_only = False
+        for handle in handles:
+            handle.remove()

@@ -1,7 +1,8 @@
 """Expanded models as Hugging Face classes, made at run time from the base model's own classes.
 
 A checkpoint's `config.json` has `model_type: controlllm`, the base's type in `base_model_type`, the settings in
-`control`, and otherwise the base's fields. After `import controlllm`, `AutoModelForCausalLM` loads it.
+`control`, and otherwise the base's fields. After `import controlllm`, `AutoModelForCausalLM` loads it. With layout
+stack the model is an ordinary one with more layers, and is saved as such.
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from functools import cache, wraps
 from typing import Any
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing
 
 from controlllm.control.checkpoint_config import MODEL_TYPE
-from controlllm.control.expand import control_blocks, expand, freeze
+from controlllm.control.expand import expanded_config, freeze, pair, stack
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.settings import ControlSettings
 
@@ -33,7 +35,7 @@ def family(base_model_type: str) -> Family:
     base_config = transformers.CONFIG_MAPPING[base_model_type]
     base_lm: Any = AutoModelForCausalLM._model_mapping[base_config]
     base_decoder: Any = AutoModel._model_mapping[base_config]
-    config = _config_class(base_config, base_model_type)
+    config = _config_class(base_config, base_model_type, base_lm.__name__)
     made = Family(config, _decoder_class(base_decoder, config), _causal_lm_class(base_lm, config))
     AutoModel.register(config, made.decoder)
     AutoModelForCausalLM.register(config, made.causal_lm)
@@ -43,8 +45,7 @@ def family(base_model_type: str) -> Family:
 def control_config(base: PreTrainedConfig, settings: ControlSettings) -> PreTrainedConfig:
     """The config of the expanded model over `base`."""
     classes = family(base.model_type)
-    values = base.to_dict() | {
-        "control": settings.to_dict(),
+    values = expanded_config(base, settings) | {
         "base_model_type": base.model_type,
         "architectures": [classes.causal_lm.__name__],
         "model_type": MODEL_TYPE,
@@ -53,25 +54,48 @@ def control_config(base: PreTrainedConfig, settings: ControlSettings) -> PreTrai
 
 
 def expand_model(base: Any, settings: ControlSettings) -> Any:
-    """An expanded model with the weights of `base` (its frozen tensors are the same memory), ready to train."""
+    """An expanded model with the weights of `base` (its frozen tensors are the same memory), ready to train.
+
+    ValueError, before anything is changed, where the model's blocks cannot be found.
+    """
     config = control_config(base.config, settings)
     config._attn_implementation = base.config._attn_implementation
-    base.__class__ = family(base.config.model_type).causal_lm
-    base.config = base.base_model.config = config
-    base.base_model.__class__ = family(config.base_model_type).decoder
-    expand(base.base_model, settings)
+    stack(base.base_model, settings)
+    as_expanded(base, config)
+    pair(base.base_model, settings)
     freeze(base)
     return base
 
 
-def is_expanded(model: PreTrainedModel) -> bool:
-    return bool(control_blocks(model))
+def as_expanded(model: Any, config: PreTrainedConfig) -> None:
+    """Give a plain model the classes that `config` belongs to."""
+    classes = family(config.base_model_type)
+    decoder = model.base_model
+    model.__class__, decoder.__class__ = classes.causal_lm, classes.decoder
+    model.config = decoder.config = config
+    _forget_captured_outputs(decoder)
 
 
-def _config_class(base: type[PreTrainedConfig], base_model_type: str) -> type[PreTrainedConfig]:
+def _forget_captured_outputs(decoder: nn.Module) -> None:
+    """A base model that gave hidden states before has hooks on blocks that are now parts of pairs."""
+    decoder.__dict__.pop("_output_capturing_hooks_installed", None)
+    for module in decoder.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if "output_capturing_hook" in getattr(hook, "__name__", ""):
+                del module._forward_hooks[key]
+
+
+def _config_class(base: type[PreTrainedConfig], base_model_type: str, base_lm: str) -> type[PreTrainedConfig]:
+    def to_dict(self: Any) -> dict[str, Any]:
+        values = base.to_dict(self)
+        if (self.control or {}).get("layout") == "stack":
+            values |= {"model_type": base_model_type, "architectures": [base_lm]}
+        return values
+
     name = base.__name__.replace("Config", "")
     return type(f"Control{name}Config", (base,), {
         "model_type": MODEL_TYPE, "base_model_type": base_model_type, "control": None, "__module__": __name__,
+        "to_dict": to_dict,
         "__reduce__": lambda self: (_blank_config, (base_model_type,), vars(self)),  # another process has no such name
     })  # fmt: skip
 
@@ -81,27 +105,44 @@ def _blank_config(base_model_type: str) -> PreTrainedConfig:
     return config.__new__(config)
 
 
-def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    def __init__(self, config: PreTrainedConfig) -> None:
-        base.__init__(self, config)
-        expand(self, ControlSettings.from_dict(config.control))
+class _DecoderLayer(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return getattr(module, "is_decoder_layer", False)
 
-    return type(
-        f"Control{base.__name__}", (base,), {"__init__": __init__, "config_class": config, "__module__": __name__}
+
+class DecoderLayer(metaclass=_DecoderLayer):
+    """What `output_hidden_states` records: the blocks in the decoder's list, and not the two inside a pair."""
+
+
+def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    def __init__(self, config: PreTrainedConfig) -> None:  # type: ignore[no-untyped-def] - vLLM reads the annotations
+        base.__init__(self, config)
+        pair(self, ControlSettings.from_dict(config.control))
+
+    recorded: dict[str, Any] = dict(base._can_record_outputs or {})
+    if "hidden_states" in recorded:
+        recorded["hidden_states"] = DecoderLayer
+    made = type(f"Control{base.__name__}", (base,), {
+        "__init__": __init__, "config_class": config, "__module__": __name__, "_can_record_outputs": recorded,
+    })  # fmt: skip
+    output_capturing._CAN_RECORD_REGISTRY[str(made)] = (
+        recorded  # otherwise done by __init__, which expansion goes round
     )
+    return made
 
 
 def _causal_lm_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any) -> None:
         base.__init__(self, config)
-        expand(self.base_model, ControlSettings.from_dict(config.control))
+        pair(self.base_model, ControlSettings.from_dict(config.control))
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return base.forward(self, *args, **kwargs)
-        return forward_with_loss(self, *args, labels=labels, **kwargs)
+        return forward_with_loss(self, *args, labels=labels, all_logits=True, **kwargs)
 
     return type(f"Control{base.__name__}", (base,), {
-        "__init__": __init__, "forward": forward, "config_class": config, "__module__": __name__,
+        "__init__": __init__, "forward": forward, "plain_forward": base.forward, "config_class": config,
+        "__module__": __name__,
     })  # fmt: skip

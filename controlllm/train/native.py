@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.parallel = self._parallelize()
         self.step = 0
-        self.has_divergence = any(block.measure is not None for block in control_blocks(model))
+        self.has_divergence = any(block.divergence_name != "none" for block in control_blocks(model))
 
     def _parallelize(self) -> Any:
         if self.config.activation_checkpointing:
@@ -124,7 +124,7 @@ class Trainer:
             world=self.world.size,
         )
 
-    def _arguments(self, batch: Batch) -> dict[str, Tensor]:
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
         return {name: value.to(self.world.device, non_blocking=True) for name, value in batch.arguments().items()}
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
@@ -153,7 +153,7 @@ class Trainer:
         for batch in batches(rows, size=self.config.micro_batch_size, limit=config.rows):
             with self._autocast():
                 out: Any = forward_with_loss(self.model, **self._arguments(batch), num_items_in_batch=1)
-            total += out.loss.double().cpu()  # without training there is no divergence in it
+            total += out.cross_entropy.double().cpu()
             targets += batch.targets
         self.model.train()
         if log:
