@@ -2,9 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from controlllm import __version__
 from controlllm.config import ControlConfig
-from controlllm.store import Output, content_hash, read_lineage, run_stage
+from controlllm.fingerprint import content_of
+from controlllm.store import Output, content_hash, find_lineage, read_lineage, run_stage
 
 
 def consolidate(base: Path, trained: Path, control: ControlConfig | None) -> Output:
@@ -31,15 +34,32 @@ def consolidate(base: Path, trained: Path, control: ControlConfig | None) -> Out
     return run_stage("consolidate", config={"control": control}, parents=parents, build=build)
 
 
-def _lineage(base: Path, trained: Path) -> dict[str, str]:
-    """Where the weights come from, inside the checkpoint itself."""
-    lineage = read_lineage(trained)
-    data = {f"output_of_{name}": parent["content"] for name, parent in lineage["parents"].items()}
+def _lineage(base: Path, trained: Path) -> dict[str, Any]:
+    """Where the weights come from, inside the checkpoint itself: base model, data, training, code. No paths."""
+    training = read_lineage(trained)
+    inputs = training["inputs"]
     return {
+        "base_model": _model_name(base),
         "base_content": content_hash(base),
-        "trained_content": lineage["content"],
-        "train_key": lineage["key"],
-    } | data
+        "data": {
+            "content": training["parents"]["prepare"]["content"],
+            "datasets": sorted(_starting(inputs, "mix.weights.")),
+        },
+        "training": {"key": training["key"], "content": training["content"]},
+        "code": {"controlllm": __version__, "train": content_of(_starting(inputs, "code "))}
+        | _starting(inputs, "version of "),
+    }
+
+
+def _model_name(base: Path) -> str:
+    """As the recipe names it; of a folder its own name only."""
+    name = ((find_lineage(base) or {}).get("inputs") or {}).get("model.name", base.name)
+    place = Path(name).expanduser()
+    return place.name if "://" not in name and (place.is_absolute() or place.exists()) else name
+
+
+def _starting(inputs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
 
 
 def _copy_licences(base: Path, folder: Path) -> None:

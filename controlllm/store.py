@@ -94,7 +94,7 @@ def content_hash(path: Path) -> str:
 
     A folder of the store carries the answer; files that were touched since are read again.
     """
-    stored = _read_lineage(path)
+    stored = find_lineage(path)
     if stored is not None and all(_unchanged(path / name, stamp) for name, stamp in stored["files"].items()):
         return stored["content"]
     if not path.is_dir():
@@ -104,7 +104,7 @@ def content_hash(path: Path) -> str:
 
 def read_lineage(path: Path) -> dict[str, Any]:
     """The lineage of a stage output; UserError when the folder is not one."""
-    if (lineage := _read_lineage(path)) is None:
+    if (lineage := find_lineage(path)) is None:
         raise UserError(f"{path}: has no {LINEAGE}; give a folder that a controlllm stage made")
     return lineage
 
@@ -120,7 +120,7 @@ def _make(folder: Path) -> None:
 
 def _complete(path: Path) -> dict[str, Any] | None:
     """The lineage if every file is still what it was; says so if one is not."""
-    lineage = _read_lineage(path)
+    lineage = find_lineage(path)
     if lineage is None:
         return None
     for name, stamp in lineage["files"].items():
@@ -158,7 +158,7 @@ def _describe(
 
 
 def _parent(path: Path) -> dict[str, Any]:
-    lineage = _read_lineage(path) or {"stage": "a folder from outside", "key": path.name, "content": content_hash(path)}
+    lineage = find_lineage(path) or {"stage": "a folder from outside", "key": path.name, "content": content_hash(path)}
     return {name: lineage[name] for name in ("stage", "key", "content")}
 
 
@@ -191,7 +191,8 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _read_lineage(path: Path) -> dict[str, Any] | None:
+def find_lineage(path: Path) -> dict[str, Any] | None:
+    """The lineage of a stage output, or None for any other folder."""
     try:
         return json.loads((path / LINEAGE).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -205,7 +206,7 @@ def _why(home: Path, inputs: dict[str, Any]) -> str:
     stored = [
         lineage["inputs"]
         for folder in home.iterdir()
-        if not folder.name.startswith(".") and (lineage := _read_lineage(folder))
+        if not folder.name.startswith(".") and (lineage := find_lineage(folder))
     ]
     if not stored:
         return "first time"

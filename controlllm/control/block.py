@@ -22,7 +22,7 @@ class ControlBlock(nn.Module):
     def __init__(self, frozen: nn.Module, settings: ControlSettings, *, hidden_size: int, cache_slot: int):
         super().__init__()
         self.frozen = frozen
-        self.expanded = copy.deepcopy(frozen)
+        self.expanded = twin_of(frozen)
         if settings.norm_relaxation != 0:
             relax_norms(self.expanded, settings.norm_relaxation)
         self.interpolation = STRATEGIES[settings.interpolation](hidden_size, alpha=settings.alpha)
@@ -32,6 +32,7 @@ class ControlBlock(nn.Module):
         self.weigh_by_gate = settings.divergence_alpha == "gate"
         self.detach_teacher = settings.detach_teacher
         self.alpha_scale = settings.alpha_scale
+        self.alpha_scheduled = False
         self.measuring = False
         self.base_only = False
         self.token_mask: Tensor | None = None
@@ -78,6 +79,12 @@ class ControlBlock(nn.Module):
         if self.token_mask is not None:
             distance = torch.where(self.token_mask, distance, 0.0)
         return self.divergence_weight * distance.sum()
+
+
+def twin_of(block: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; the config stays shared, so that whoever sets the attention kernel sets both."""
+    configs = [module.config for module in block.modules() if hasattr(module, "config")]
+    return copy.deepcopy(block, {id(config): config for config in configs})
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Turning a decoder into an expanded one, and saying which of its tensors are trained."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from controlllm.control.block import ControlBlock, attention_of, set_layer_index
+from controlllm.control.block import ControlBlock, attention_of, set_layer_index, twin_of
 from controlllm.control.settings import ControlSettings
 
 # The last linear maps of attention and MLP in the families of transformers: zeroed, a pre-norm block is the identity.
@@ -57,7 +56,7 @@ def dim(layer: nn.Module, alpha_scale: float) -> None:
 
 def identity_copy(layer: nn.Module) -> nn.Module:
     """A copy whose attention and MLP give zero, so that only the residual stream is left."""
-    twin = copy.deepcopy(layer)
+    twin = twin_of(layer)
     zeroed = [_zero(module) for name, module in twin.named_modules() if name.rpartition(".")[2] in OUTPUT_NAMES]
     zeroed += [
         _zero_parameter(parameter)

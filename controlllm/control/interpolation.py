@@ -132,8 +132,13 @@ class Gate(Interpolation):
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """In the features' dtype, so that no copy of them is kept for the backward pass; the result in float32."""
-    return F.linear(features, weight.to(features.dtype), bias.to(features.dtype)).float()
+    """(batch, seq, features) → (batch, seq, outputs) in float32.
+
+    As sums of products: a matrix library's result for so few outputs depends on where in memory the weights lie, and a
+    reloaded model must be the saved one. In the features' dtype, so that no copy of them is kept for the backward pass.
+    """
+    rows = weight.to(features.dtype)
+    return torch.stack([(features * row).sum(-1, dtype=torch.float32) for row in rows], dim=-1) + bias.float()
 
 
 @strategy("dlerp")

@@ -59,7 +59,8 @@ def expand_model(base: Any, settings: ControlSettings) -> Any:
     ValueError, before anything is changed, where the model's blocks cannot be found.
     """
     config = control_config(base.config, settings)
-    config._attn_implementation = base.config._attn_implementation
+    kernels = {name: value for name, value in vars(base.config).items() if name.endswith("_implementation_internal")}
+    vars(config).update(kernels)  # of attention, of experts
     stack(base.base_model, settings)
     as_expanded(base, config)
     pair(base.base_model, settings)
@@ -70,9 +71,11 @@ def expand_model(base: Any, settings: ControlSettings) -> Any:
 def as_expanded(model: Any, config: PreTrainedConfig) -> None:
     """Give a plain model the classes that `config` belongs to."""
     classes = family(config.base_model_type)
-    decoder = model.base_model
+    decoder, plain = model.base_model, model.config
     model.__class__, decoder.__class__ = classes.causal_lm, classes.decoder
-    model.config = decoder.config = config
+    for module in model.modules():
+        if getattr(module, "config", None) is plain:
+            module.config = config
     _forget_captured_outputs(decoder)
 
 
@@ -88,7 +91,8 @@ def _forget_captured_outputs(decoder: nn.Module) -> None:
 def _config_class(base: type[PreTrainedConfig], base_model_type: str, base_lm: str) -> type[PreTrainedConfig]:
     def to_dict(self: Any) -> dict[str, Any]:
         values = base.to_dict(self)
-        if (self.control or {}).get("layout") == "stack":
+        control = self.control or {}
+        if control.get("layout") == "stack" and control.get("alpha_scale", 1) == 1:
             values |= {"model_type": base_model_type, "architectures": [base_lm]}
         return values
 

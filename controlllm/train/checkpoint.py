@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from controlllm.control.schedule import scheduled_names
 from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file, sync
 from controlllm.progress import console
@@ -22,7 +23,8 @@ MANIFEST = "manifest.json"
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What training changes, by parameter name; tied parameters once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moved = set(scheduled_names(model))
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in moved}
 
 
 def save_checkpoint(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:

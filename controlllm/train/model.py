@@ -18,6 +18,7 @@ def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) ->
     from transformers import AutoModelForCausalLM
 
     from controlllm.control.model import expand_model
+    from controlllm.control.schedule import mark_scheduled
     from controlllm.control.settings import ControlSettings
 
     attention.register()
@@ -32,6 +33,7 @@ def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) ->
     except ValueError as error:
         raise UserError(str(error)) from None
     expanded = expand_model(loaded, settings)
+    mark_scheduled(expanded, control)
     for parameter in expanded.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

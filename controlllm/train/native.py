@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlllm.config import TrainConfig, ValidationConfig
+from controlllm.config import ControlConfig, TrainConfig, ValidationConfig
 from controlllm.control.expand import control_blocks
 from controlllm.control.loss import forward_with_loss
+from controlllm.control.schedule import set_step
 from controlllm.data.loader import Batch, Mix, PackedRows, batches
 from controlllm.errors import UserError
 from controlllm.progress import track
@@ -48,12 +49,22 @@ class WithLoss(torch.nn.Module):
 class Trainer:
     """Trains `model` on `mix`; everything that must survive a restart is in the checkpoint and the step number."""
 
-    def __init__(self, model: Any, mix: Mix, config: TrainConfig, *, world: World, folder: Path):
+    def __init__(
+        self,
+        model: Any,
+        mix: Mix,
+        config: TrainConfig,
+        *,
+        world: World,
+        folder: Path,
+        control: ControlConfig | None = None,
+    ):
         if config.global_batch_size % world.size:
             raise UserError(
                 f"train.global_batch_size {config.global_batch_size} cannot be shared equally by {world.size} processes"
             )
         self.model, self.mix, self.config, self.world, self.folder = model.to(world.device), mix, config, world, folder
+        self.control = control
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config)
         self.parallel = self._parallelize()
@@ -96,6 +107,8 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimizer step over the global batch."""
+        if self.control:
+            set_step(self.model, self.control, step=self.step, steps=self.config.steps)
         micro_batches = self._micro_batches()
         counts = torch.tensor([[b.targets, b.tokens] for b in micro_batches]).sum(0).to(self.world.device)
         targets, tokens = self.world.sum(counts).tolist()

@@ -86,7 +86,7 @@ def _train(
     loaded = load_model(base, model, control)
     rows = [(PackedRows(shards / f"{d.name}.arrow"), d.weight) for d in mix.datasets]
     held_back = shards / "validation.arrow"
-    trainer = Trainer(loaded, Mix(rows, seed=mix.seed), config, world=world, folder=folder)
+    trainer = Trainer(loaded, Mix(rows, seed=mix.seed), config, world=world, folder=folder, control=control)
     trainer.train(PackedRows(held_back) if held_back.exists() else None, validation)
     if world.is_main:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(loaded).items()}

@@ -70,10 +70,26 @@ def test_consolidated_is_trained(recipe, store):
     base = AutoModelForCausalLM.from_pretrained(only(store, "ingest-model"))
     assert torch.equal(model.model.layers[1].frozen.mlp.up_proj.weight, base.model.layers[1].mlp.up_proj.weight)
     assert not torch.equal(model.model.layers[1].expanded.mlp.up_proj.weight, base.model.layers[1].mlp.up_proj.weight)
-    assert model.config.lineage["base_content"] == read_lineage(only(store, "ingest-model"))["content"]
-    assert "/" not in json.dumps(model.config.lineage)
+    lineage = model.config.lineage
+    assert lineage["base_content"] == read_lineage(only(store, "ingest-model"))["content"]
+    assert lineage["base_model"] == Path(config.model.name).name
+    assert lineage["data"]["datasets"] == ["puzzles"]
+    assert lineage["code"]["train"]
+    assert "/" not in json.dumps(lineage)
     assert {f.suffix for f in folder.iterdir()} <= {".safetensors", ".json", ".jinja"}
     assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.parametrize(("control", "architecture", "layers"), [
+    ("{layout: stack, num_expanded: 2}", "LlamaForCausalLM", 6),
+    ("{layout: hybrid, num_expanded: 2, interpolation: dlerp, divergence: cosine}", "ControlLlamaForCausalLM", 5),
+    ("{num_expanded: 2, interpolation: moe, teacher: trajectory}", "ControlLlamaForCausalLM", 4),
+])  # fmt: skip
+def test_other_methods_run_through_every_stage(recipe, store, control, architecture, layers):
+    pipeline.run(load_config(recipe, f"control={control}"), until="benchmark")
+    model = AutoModelForCausalLM.from_pretrained(only(store, "consolidate"))
+    assert type(model).__name__ == architecture
+    assert len(model.model.layers) == layers
 
 
 def test_full_fine_tuning_gives_the_plain_architecture(recipe, store):

@@ -1,0 +1,123 @@
+"""Every layout and interpolation on every family: the start is the base, a cache changes nothing, saving neither."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from families import FAMILIES, IDS, perturb, tiny
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import controlllm  # noqa: F401 - makes the checkpoints known to transformers
+from controlllm.control.expand import decoder_layers, freeze
+from controlllm.control.interpolation import STRATEGIES
+from controlllm.control.model import expand_model
+from controlllm.control.settings import ControlSettings
+
+LAYOUTS = ("concat", "stack", "hybrid")
+KINDS = [("concat", "lerp"), ("hybrid", "dlerp"), ("stack", "lerp"), ("concat", "moe")]
+WAYS = {"greedy": {}, "sampling": {"do_sample": True}, "beams": {"num_beams": 3}}
+
+
+def expanded(base, sites=(0, 1, 2, 3), **settings):
+    return expand_model(deepcopy(base), ControlSettings(sites=list(sites), **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_start_is_the_base_bitwise(family, dtype):
+    base = tiny(family).to(dtype)
+    want = base(IDS, output_hidden_states=True)
+    for layout in LAYOUTS:
+        for interpolation in STRATEGIES:
+            for sites in [(1, 3), (0, 1, 2, 3)]:
+                model = expanded(base, sites, layout=layout, interpolation=interpolation, norm_relaxation="learned")
+                got = model.eval()(IDS, output_hidden_states=True)
+                assert torch.equal(got.logits, want.logits), (layout, interpolation)
+                assert len(got.hidden_states) == model.config.num_hidden_layers + 1
+                assert torch.equal(got.hidden_states[-1], want.hidden_states[-1])
+
+
+@pytest.mark.parametrize(("layout", "interpolation"), KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_changes_no_token(family, layout, interpolation):
+    model = perturb(expanded(tiny(family), layout=layout, interpolation=interpolation))
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), IDS], 1)
+    padded[1, :7] = 0
+    for way, arguments in WAYS.items():
+        for ids in (IDS, padded):
+            uncached = generate(model, ids, use_cache=False, **arguments)
+            assert torch.equal(generate(model, ids, **arguments), uncached), way
+            assert torch.equal(generate(model, ids, cache_implementation="static", **arguments), uncached), way
+
+
+def generate(model, ids, **arguments):
+    torch.manual_seed(3)
+    lengths = {"max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=(ids > 0).long(), **{"do_sample": False} | arguments | lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_changes_no_logit(family):
+    model = perturb(expanded(tiny(family), layout="hybrid"))
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), IDS], 1)
+    mask = (padded > 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(got, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_attention_kernels_agree(attention):
+    model = perturb(expanded(tiny("Llama", num_attention_heads=2), layout="hybrid", interpolation="slerp"))
+    want = model(IDS).logits
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(model(IDS).logits, want, atol=1e-5, rtol=1e-5)
+    cached = generate(model, IDS)
+    assert torch.equal(cached, generate(model, IDS, use_cache=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reloaded_is_saved(family, layout, tmp_path):
+    model = perturb(expanded(tiny(family), layout=layout, interpolation="dlerp", norm_relaxation="learned"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again).__name__.startswith("Control") == (layout != "stack")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert torch.equal(generate(again, IDS), generate(model, IDS))
+    freeze(again)
+    assert trained(again) == trained(model)
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_experts_are_copied_too():
+    model = expanded(tiny("Mixtral"), sites=[1])
+    experts = model.model.layers[1].expanded.mlp.experts
+    assert all(parameter.requires_grad for parameter in experts.parameters())
+    assert not any(parameter.requires_grad for parameter in model.model.layers[1].frozen.parameters())
+
+
+def test_a_decoder_without_blocks_says_what_was_looked_for():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = LlamaConfig(num_hidden_layers=2)
+            self.parts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    with pytest.raises(ValueError, match=r"looked for one ModuleList of 2 blocks.*parts with 2 × Linear"):
+        decoder_layers(Decoder())
+
+
+def test_an_unknown_output_projection_says_what_was_looked_for():
+    model = LlamaForCausalLM(tiny("Llama").config)
+    for layer in model.model.layers:
+        layer.mlp.last = layer.mlp.__dict__["_modules"].pop("down_proj")
+        layer.self_attn.last = layer.self_attn.__dict__["_modules"].pop("o_proj")
+    with pytest.raises(ValueError, match=r"looked for the output projections.*o_proj, down_proj"):
+        expand_model(model, ControlSettings(sites=[1], layout="stack"))
+    assert len(model.model.layers) == 4
