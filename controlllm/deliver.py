@@ -65,6 +65,8 @@ def method(config: RunConfig) -> str:
     control = config.control
     if control is None:
         return "full fine-tuning"
+    if control.layout == "stack":
+        return f"Control LLM (stack, E = {control.num_expanded})"
     return f"Control LLM ({control.layout}-{control.interpolation}, {control.divergence}, E = {control.num_expanded})"
 
 

@@ -33,6 +33,7 @@ def forward_with_loss(
     num_tokens_in_batch: Tensor | int | None = None,
     token_mask: Tensor | None = None,
     all_logits: bool = False,
+    measure_divergence: bool = True,
     **kwargs: Any,
 ) -> ControlOutput:
     """Run any Hugging Face causal LM, expanded or plain, and return its loss.
@@ -43,7 +44,7 @@ def forward_with_loss(
 
     loss = Σ cross-entropy / targets + mean over pairs of Σ weight · divergence / tokens (equation 5 of the paper).
     """
-    blocks = control_blocks(model)
+    blocks = control_blocks(model) if measure_divergence else []
     if token_mask is None and (mask := kwargs.get("attention_mask")) is not None and mask.ndim == 2:
         token_mask = mask.bool()
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

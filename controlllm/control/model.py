@@ -36,7 +36,8 @@ def family(base_model_type: str) -> Family:
     base_lm: Any = AutoModelForCausalLM._model_mapping[base_config]
     base_decoder: Any = AutoModel._model_mapping[base_config]
     config = _config_class(base_config, base_model_type, base_lm.__name__)
-    made = Family(config, _decoder_class(base_decoder, config), _causal_lm_class(base_lm, config))
+    decoder = _decoder_class(base_decoder, config)
+    made = Family(config, decoder, _causal_lm_class(base_lm, config, decoder))
     AutoModel.register(config, made.decoder)
     AutoModelForCausalLM.register(config, made.causal_lm)
     return made
@@ -135,9 +136,12 @@ def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) 
     return made
 
 
-def _causal_lm_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def _causal_lm_class(
+    base: type[PreTrainedModel], config: type[PreTrainedConfig], decoder: type[PreTrainedModel]
+) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any) -> None:
         base.__init__(self, config)
+        self.base_model.__class__ = decoder
         pair(self.base_model, ControlSettings.from_dict(config.control))
 
     @wraps(base.forward)

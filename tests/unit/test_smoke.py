@@ -43,11 +43,11 @@ PROMPTS = ["w1 w2 w3 w4 w5", "w9 w8", " ".join(f"w{i}" for i in range(60, 100))]
 CONFIG = SmokeConfig(prompts=3, max_new_tokens=16)
 
 
-def _save(folder: Path, base: Any, *, sites: list[int]) -> Path:
-    model = expand_model(base, ControlSettings(sites=sites)) if sites else base
+def _save(folder: Path, base: Any, *, sites: list[int], **settings: Any) -> Path:
+    model = expand_model(base, ControlSettings(sites=sites, **settings)) if sites else base
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".expanded." in name:
+            if sites and parameter.requires_grad and "alpha_logit" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if name.endswith("alpha_logit"):
                 parameter.add_(0.7)
@@ -106,6 +106,21 @@ def test_vllm_gives_the_tokens_of_transformers(model: Path, tmp_path: Path) -> N
 )
 def test_other_models(make: Any, sites: list[int], expected: str, tmp_path: Path) -> None:
     summary = _smoke(tmp_path, _save(tmp_path / "model", make(), sites=sites))
+    assert summary["agreement"] == 1.0
+    assert summary["model_class"] == expected
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"layout": "stack"}, "LlamaForCausalLM"),
+    ({"layout": "hybrid", "interpolation": "dlerp", "norm_relaxation": "learned"}, "ControlForCausalLM"),
+    ({"interpolation": "slerp"}, "ControlForCausalLM"),
+    ({"interpolation": "moe"}, "ControlForCausalLM"),
+    ({"interpolation": "prog", "alpha_scale": 0.5}, "ControlForCausalLM"),
+])  # fmt: skip
+def test_other_methods(settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    summary = _smoke(tmp_path, _save(tmp_path / "model", _llama(tied=False), sites=[1, 3], **settings))
     assert summary["agreement"] == 1.0
     assert summary["model_class"] == expected
 
