@@ -7,6 +7,13 @@ import wrapt
 __version__ = "0.1.0"
 
 
+def load(checkpoint: Any, *, alpha_scale: float = 1.0, dtype: str | None = None) -> Any:
+    """An expanded checkpoint with the dial at `alpha_scale`: 0 is the base model bit by bit, 1 the trained one."""
+    from controlllm.dial import load as load_at
+
+    return load_at(checkpoint, alpha_scale=alpha_scale, dtype=dtype)
+
+
 # transformers takes seconds to import and `controlllm --help` must not wait for it: our checkpoints are made known
 # when (or if) its registry is loaded, whichever of the two packages comes first.
 @wrapt.when_imported("transformers.models.auto.configuration_auto")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from controlllm import __version__
+from controlllm.cli_checkpoints import add_commands
 from controlllm.errors import one_line
 from controlllm.progress import prepare_environment
 
@@ -69,6 +70,7 @@ for _stage, (_what, _example, _next) in STAGES.items():
     _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
     app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
+add_commands(app)
 
 
 @config_app.command("show")
