@@ -90,7 +90,7 @@ def import_reference(
     """
     from controlllm.control.reference import import_reference as rewrite
 
-    rewrite(source, target, base_family=base_family)
+    print(f"{rewrite(source, target, base_family=base_family)}\nnext: controlllm dial {target}")
 
 
 def _names(text: str | None) -> list[str] | None:

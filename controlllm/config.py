@@ -29,6 +29,9 @@ def _no_flag(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_yaml_exponent), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[PositiveInt, Field(le=10**12)]
+# As registered in control/interpolation.py, which is read and not imported, because it needs torch.
+_SOURCE = Path(__file__).with_name("control") / "interpolation.py"
+INTERPOLATIONS = tuple(re.findall(r'^@strategy\("(\w+)"\)', _SOURCE.read_text(encoding="utf-8"), re.MULTILINE))
 # Interpolations with one weight per site, and not one per token.
 SCALAR_ALPHA = ("lerp", "slerp", "prog", "proj")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -82,7 +85,7 @@ class ControlConfig(Config):
     """Where the twins stand; a list gives the layer indices themselves."""
     every_nth: Positive = 2
     """Distance between two sites of every_nth_of_top, counted down from the last layer."""
-    interpolation: Literal["lerp", "dlerp", "dlerpin", "slerp", "moe", "moe_hard", "prog", "proj", "none"] = "lerp"
+    interpolation: Literal[*INTERPOLATIONS] = "lerp"  # type: ignore[valid-type] - known when this is imported
     """How the outputs of block and twin are blended; none takes the twin's alone."""
     alpha: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """Weight of the twin's output at the start."""

@@ -16,6 +16,12 @@ OUTPUT_NAMES = ("o_proj", "down_proj", "out_proj", "dense", "c_proj", "fc2", "wo
 def expanded_config(base: PreTrainedConfig, settings: ControlSettings) -> dict[str, Any]:
     """The base config's fields with the stacked layers counted, also in lists that have one entry per layer."""
     values, layers = base.to_dict(), base.num_hidden_layers
+    if not settings.sites or settings.sites[-1] >= layers or settings.sites != sorted(set(settings.sites)):
+        raise ValueError(f"sites {settings.sites} must be ascending layers of 0..{layers - 1}")
+    if settings.layout == "hybrid" and len(settings.sites) % 2:
+        raise ValueError(
+            f"layout hybrid alternates stack and concat: found {len(settings.sites)} sites, not an even number"
+        )
     for name, value in values.items():
         if "layer" in name and isinstance(value, list) and len(value) == layers:
             values[name] = [entry for i, entry in enumerate(value) for _ in range(1 + (i in settings.stacked_sites))]

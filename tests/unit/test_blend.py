@@ -8,12 +8,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlllm.config import INTERPOLATIONS
 from controlllm.control.blend import _plain, blended
 from controlllm.control.divergence import DIVERGENCES, attention_divergence
 from controlllm.control.interpolation import STRATEGIES, MixtureOfTwo, Slerp
 
 HIDDEN = 6
 MEASURES = [name for name in DIVERGENCES if name != "attention"]
+
+
+def test_a_recipe_can_name_what_is_registered():
+    assert tuple(STRATEGIES) == INTERPOLATIONS
 
 
 def states(seed=0, distance=0.5):

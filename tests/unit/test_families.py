@@ -115,6 +115,17 @@ def test_a_decoder_without_blocks_says_what_was_looked_for():
         decoder_layers(Decoder())
 
 
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"sites": [4]}, r"ascending layers of 0\.\.3"), ({"sites": []}, "ascending layers"),
+    ({"sites": [1], "layout": "hybrid"}, "even number"),
+])  # fmt: skip
+def test_sites_that_do_not_fit_change_nothing(settings, says):
+    base = tiny("Llama")
+    with pytest.raises(ValueError, match=says):
+        expand_model(base, ControlSettings(**settings))
+    assert type(base).__name__ == "LlamaForCausalLM"
+
+
 def test_an_unknown_output_projection_says_what_was_looked_for():
     model = LlamaForCausalLM(tiny("Llama").config)
     for layer in model.model.layers:

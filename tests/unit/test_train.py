@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from controlllm.config import ControlConfig, ModelConfig, ScheduleConfig, TrainConfig
+from controlllm.control.interpolation import STRATEGIES
 from controlllm.data.loader import Mix
 from controlllm.errors import UserError
 from controlllm.train.checkpoint import checkpoints, load_trained, newest_checkpoint, trained_tensors
@@ -32,11 +33,12 @@ def rows():
     return made
 
 
-def trainer(base, folder, *, control=True, **changes):
+def trainer(base, folder, *, control=True, method=None, dtype="float32", **changes):
     settings = {"steps": STEPS, "lr": 1e-2, "global_batch_size": 4, "precision": "float32", "checkpoint": {"every": 2}}
     config = TrainConfig.model_validate(settings | changes)
     torch.manual_seed(0)
-    model = load_model(base, ModelConfig(name=str(base)), ControlConfig(num_expanded=2) if control else None)
+    twins = ControlConfig.model_validate({"num_expanded": 2} | (method or {})) if control else None
+    model = load_model(base, ModelConfig(name=str(base), dtype=dtype), twins)
     folder.mkdir(exist_ok=True)
     return Trainer(model, Mix([(rows(), 1.0)], seed=0), config, world=World(), folder=folder)
 
@@ -54,6 +56,16 @@ def test_it_learns(tiny_base, tmp_path, control):
     run = trainer(tiny_base, tmp_path, control=control, steps=30, global_batch_size=10)
     losses = [_step(run).cross_entropy for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("interpolation", STRATEGIES)
+def test_every_interpolation_learns_with_frozen_weights_in_half(tiny_base, tmp_path, interpolation):
+    method = {"interpolation": interpolation, "divergence": "cosine", "norm_relaxation": "learned", "alpha": 0.6}
+    run = trainer(
+        tiny_base, tmp_path, method=method, dtype="bfloat16", precision="bf16", steps=20, global_batch_size=10
+    )
+    losses = [_step(run).loss for _ in range(20)]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def _step(run):
