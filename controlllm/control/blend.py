@@ -131,7 +131,7 @@ class _Recomputed(torch.autograd.Function):
             kept = hidden, expanded - frozen, *formulas.interpolation.coefficients(frozen, expanded, alpha)
         else:
             kept = frozen, expanded, None, None
-        ctx.save_for_backward(*kept, inputs, *parameters)
+        ctx.save_for_backward(*kept, inputs if formulas.interpolation.weighs_inputs else None, *parameters)
         return hidden, alpha, gate.clone(), distance
 
     @staticmethod
@@ -140,11 +140,14 @@ class _Recomputed(torch.autograd.Function):
         frozen, expanded, a, b, inputs, *parameters = ctx.saved_tensors
         if a is not None:
             frozen, expanded = _restore(frozen, expanded, a, b)
+        inputs = frozen if inputs is None else inputs  # some tensor of this shape: nobody reads it
         kept, needed = (frozen, expanded, inputs, *parameters), ctx.needs_input_grad[1:]
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(kept, needed, strict=True)]
         names = [name for name, _ in ctx.formulas.named_parameters()]
         with torch.enable_grad():
-            outputs = functional_call(ctx.formulas, dict(zip(names, leaves[3:], strict=True)), tuple(leaves[:3]))
+            # Views, because the hooks of torch's counters and profilers may not be given leaves here.
+            states = tuple(leaf.view_as(leaf) for leaf in leaves[:3])
+            outputs = functional_call(ctx.formulas, dict(zip(names, leaves[3:], strict=True)), states)
         used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
         given = [grad.to(out.dtype) for out, grad in used]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]

@@ -33,6 +33,7 @@ class ControlBlock(nn.Module):
         self.detach_teacher = settings.detach_teacher
         self.alpha_scale = settings.alpha_scale
         self.alpha_scheduled = False
+        self.twin_only = self.interpolation.twin_only and settings.alpha_scale == 1
         self.measuring = False
         self.base_only = False
         self.token_mask: Tensor | None = None
@@ -49,7 +50,9 @@ class ControlBlock(nn.Module):
         if isinstance(cache := kwargs.get("past_key_values"), Cache):
             _reserve(cache, like=layer_index(self.frozen), slot=layer_index(self.expanded))
         with _attention_maps(self, self.measuring and self.divergence_name == "attention") as maps:
-            frozen = self.frozen(hidden_states, *args, **kwargs)
+            # A block that is nothing but a detached teacher needs no backward pass.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.detach_teacher and self.twin_only)):
+                frozen = self.frozen(hidden_states, *args, **kwargs)
             expanded = self.expanded(hidden_states, *args, **kwargs)
         out = blended(
             self.interpolation,

@@ -29,6 +29,10 @@ class Interpolation(nn.Module):
     """Parameters that `train_alpha` is about; all others are always trained."""
     weighs_outputs: ClassVar[bool] = False
     """Whether the weight depends on the two outputs."""
+    weighs_inputs: ClassVar[bool] = False
+    """Whether it depends on the blocks' input."""
+    twin_only: ClassVar[bool] = False
+    """Whether the frozen output is no part of the blend."""
     restorable: ClassVar[bool] = True
     """Whether blend = a·frozen + b·expanded with the `coefficients` a and b, so that it gives both outputs back."""
     counts_chosen: ClassVar[bool] = False
@@ -107,6 +111,8 @@ class Lerp(Interpolation):
 class TwinOnly(Interpolation):
     """w = 1: only the twin's output counts, the frozen block is the teacher."""
 
+    twin_only = True
+
     def weights(self, frozen: Tensor, expanded: Tensor, inputs: Tensor) -> Weights:
         one = torch.ones(1, device=frozen.device)
         return Weights(one, one)
@@ -157,6 +163,8 @@ class Dlerp(Gate):
 @strategy("dlerpin")
 class DlerpIn(Gate):
     """w = sigmoid(a·inputs + b) per token."""
+
+    weighs_inputs = True
 
     def features(self, frozen: Tensor, expanded: Tensor, inputs: Tensor) -> Tensor:
         return inputs
@@ -211,6 +219,7 @@ class MixtureOfTwo(Interpolation):
     """
 
     alpha_parameters = ("router_bias",)
+    weighs_inputs = True
     counts_chosen = True
     learns: ClassVar[bool] = True
 
