@@ -56,6 +56,10 @@ def _gguf(name: str) -> Shape:
 
 def _folder(folder: Path) -> Shape:
     config = _json(folder / "config.json", folder)
+    if "base_model_type" in config:
+        raise UserError(
+            f"{folder}: its blocks have twins already; fold it first (controlllm fold {folder} FOLDED) and name that"
+        )
     weights = _weights(folder)
     if not any((folder / file).exists() for file in _TOKENIZERS):
         raise UserError(f"{folder}: has no tokenizer; add {_TOKENIZERS[0]}")

@@ -57,8 +57,10 @@ def control_config(base: PreTrainedConfig, settings: ControlSettings) -> PreTrai
 def expand_model(base: Any, settings: ControlSettings) -> Any:
     """An expanded model with the weights of `base` (its frozen tensors are the same memory), ready to train.
 
-    ValueError, before anything is changed, where the model's blocks cannot be found.
+    ValueError, before anything is changed, where the model's blocks cannot be found or have twins already.
     """
+    if base.config.model_type == MODEL_TYPE:
+        raise ValueError(f"{type(base).__name__} has twins already; fold it first")
     config = control_config(base.config, settings)
     kernels = {name: value for name, value in vars(base.config).items() if name.endswith("_implementation_internal")}
     vars(config).update(kernels)  # of attention, of experts

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ pytestmark = pytest.mark.flow
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-LIGHT = [command for command in COMMANDS if "make" not in command]
+LIGHT = [command for command in COMMANDS if "make" not in command and "runs/demo" not in command]
 MAKE = [command for command in COMMANDS if "make" in command]
+TUNED = [command for command in COMMANDS if "runs/demo" in command]
 
 
 def run(command, tmp_path, **environment):
@@ -52,3 +54,7 @@ def test_the_demo_and_what_follows(tmp_path):
         done = run(command, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "report.html" in done.stderr
+    shutil.rmtree(ROOT / "runs" / "demo" / "folded", ignore_errors=True)
+    for command in TUNED:
+        done = run(command, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]

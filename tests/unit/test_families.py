@@ -126,6 +126,21 @@ def test_sites_that_do_not_fit_change_nothing(settings, says):
     assert type(base).__name__ == "LlamaForCausalLM"
 
 
+def test_twins_have_no_twins():
+    model = expand_model(tiny("Llama"), ControlSettings(sites=[1]))
+    with pytest.raises(ValueError, match="has twins already; fold it first"):
+        expand_model(model, ControlSettings(sites=[1]))
+
+
+def test_a_stacked_model_can_be_the_base_of_another_run(tmp_path):
+    perturb(expanded(tiny("Llama"), [1], layout="stack")).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    want = base(IDS).logits
+    model = expanded(base, [2, 4])
+    assert torch.equal(model.eval()(IDS).logits, want)
+    assert not any("layers.2.frozen" in name for name in trained(model))
+
+
 def test_an_unknown_output_projection_says_what_was_looked_for():
     model = LlamaForCausalLM(tiny("Llama").config)
     for layer in model.model.layers:

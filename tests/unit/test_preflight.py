@@ -160,6 +160,10 @@ BROKEN_FOLDERS = {
     "config cut off": (lambda folder: (folder / "config.json").write_text('{"num'), "config.json: not valid JSON"),
     "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "must hold an object, found list"),
     "no layers": (lambda folder: (folder / "config.json").write_text("{}"), "num_hidden_layers is None"),
+    "expanded": (
+        lambda folder: (folder / "config.json").write_text('{"base_model_type": "llama", "num_hidden_layers": 2}'),
+        "its blocks have twins already; fold it first",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights (*.safetensors)"),
     "pickle only": (_pickle, "pytorch_model.bin is a pickle, which can run code; convert the weights to safetensors"),
     "shard missing": (_index, "model-2.safetensors is missing, which model.safetensors.index.json names"),
