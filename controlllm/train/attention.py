@@ -17,6 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface
 NAME = "packed"
 # Documents share a kernel call while the shortest has at least this share of the longest one's tokens.
 SIMILAR = 0.75
+# Of what models hand over to their attention: capped scores (Gemma 2), sinks (gpt-oss), biases by distance.
+NOT_DONE = ("softcap", "s_aux", "position_bias")
 
 
 def packed_attention(
@@ -29,9 +31,16 @@ def packed_attention(
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_kwargs: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, tokens, head_dim), key and value with fewer heads; cu_seq_lens_q (documents + 1,) boundaries."""
+    """query (1, heads, tokens, head_dim), key and value with fewer heads; cu_seq_lens_q (documents + 1,) boundaries.
+
+    A token sees itself and the `sliding_window` - 1 before it, if there is a window. ValueError for what the kernel
+    underneath cannot do.
+    """
+    if unknown := [name for name in NOT_DONE if others.get(name) is not None]:
+        raise ValueError(f"attention packed has no {unknown[0]}, which this model needs: set model.attention to eager")
     groups, restore = _plan(tuple(cu_seq_lens_q.tolist()))
     # float32 inside: more exact, and on CPUs the bfloat16 kernel is the slower one.
     inputs = [tensor[0].float() if tensor.device.type == "cpu" else tensor[0] for tensor in (query, key, value)]
@@ -40,10 +49,20 @@ def packed_attention(
         # (heads, documents · width, head_dim) → (documents, heads, width, head_dim)
         q, k, v = (t[:, index.to(t.device)].unflatten(1, (-1, width)).transpose(0, 1) for t in inputs)
         drop = dropout if module.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True, scale=scaling, enable_gqa=True)
+        mask = None if sliding_window is None or width <= sliding_window else _window(width, sliding_window, q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=drop, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
         outputs.append(out.transpose(0, 1).flatten(1, 2))
     together = torch.cat(outputs, dim=1)[:, restore.to(query.device)]  # (heads, tokens, head_dim)
     return together.transpose(0, 1)[None].to(query.dtype), None  # (1, tokens, heads, head_dim)
+
+
+@lru_cache(maxsize=8)
+def _window(width: int, window: int, device: torch.device) -> Tensor:
+    """(width, width), True where a query sees a key."""
+    distance = torch.arange(width, device=device)[:, None] - torch.arange(width, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 @lru_cache(maxsize=8)  # every block of the model asks for the same row

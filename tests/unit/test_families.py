@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, IDS, perturb, tiny
@@ -13,6 +14,8 @@ from controlllm.control.expand import decoder_layers, freeze
 from controlllm.control.interpolation import STRATEGIES
 from controlllm.control.model import expand_model
 from controlllm.control.settings import ControlSettings
+from controlllm.data.loader import collate
+from controlllm.train.attention import register
 
 LAYOUTS = ("concat", "stack", "hybrid")
 KINDS = [("concat", "lerp"), ("hybrid", "dlerp"), ("stack", "lerp"), ("concat", "moe")]
@@ -95,6 +98,35 @@ def test_reloaded_is_saved(family, layout, tmp_path):
 
 def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_do_not_see_each_other(family, attention):
+    """Longer and shorter than the sliding windows."""
+    register()
+    without_caps = {"attn_logit_softcapping": None} if family == "Gemma2" else {}
+    model = perturb(expanded(tiny(family, attention, **without_caps), layout="hybrid"))
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 99, size) for size in (17, 5, 30, 16)]
+
+    def run(*some):
+        row = {"input_ids": np.concatenate(some), "lengths": np.array([len(d) for d in some])}
+        batch = collate([row | {"target": np.ones(len(row["input_ids"]), bool)}]).arguments()
+        del batch["labels"]
+        return model(**batch, use_cache=False).logits
+
+    alone = torch.cat([run(document) for document in documents], 1)
+    torch.testing.assert_close(run(*documents), alone, atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation("sdpa")
+    whole = [model(torch.tensor(document)[None]).logits for document in documents]
+    torch.testing.assert_close(alone, torch.cat(whole, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_attention_refuses_what_it_cannot_do():
+    register()
+    with pytest.raises(ValueError, match="no softcap, which this model needs"):
+        tiny("Gemma2", "packed")(IDS[:1], cu_seq_lens_q=torch.tensor([0, 17]))
 
 
 def test_experts_are_copied_too():
