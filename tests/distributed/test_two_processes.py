@@ -33,14 +33,20 @@ def results(store: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(folder / "trained.safetensors") for folder in folders]
 
 
-def test_two_are_one(recipe, store):
-    train(recipe)
-    train(recipe, processes=2)
+@pytest.mark.parametrize("control", [
+    "{num_expanded: 2}",
+    "{layout: hybrid, num_expanded: 2, interpolation: dlerp, divergence: cosine}",
+    "{num_expanded: 2, interpolation: moe_hard, teacher: trajectory}",
+])  # fmt: skip
+def test_two_are_one(recipe, store, control):
+    train(recipe, f"control={control}")
+    train(recipe, f"control={control}", processes=2)
     one, two = results(store)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-6, rtol=1e-4)
-    assert "train         cached" in train(recipe, processes=2)  # every process finds it
+    again = train(recipe, f"control={control}", processes=2)
+    assert "train         cached" in again  # every process finds it
 
 
 def test_unequal_shares_are_refused_in_one_line(recipe):
