@@ -61,6 +61,7 @@ def expand_model(base: Any, settings: ControlSettings) -> Any:
     """
     if base.config.model_type == MODEL_TYPE:
         raise ValueError(f"{type(base).__name__} has twins already; fold it first")
+    number_of_layers(base)
     config = control_config(base.config, settings)
     kernels = {name: value for name, value in vars(base.config).items() if name.endswith("_implementation_internal")}
     vars(config).update(kernels)  # of attention, of experts
@@ -69,6 +70,17 @@ def expand_model(base: Any, settings: ControlSettings) -> Any:
     pair(base.base_model, settings)
     freeze(base)
     return base
+
+
+def number_of_layers(base: Any) -> int:
+    """Of the decoder; ValueError for a model that is more than a decoder."""
+    layers = getattr(base.config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(
+            f"{type(base).__name__}: looked for num_hidden_layers in its config, found {layers}; a model that also "
+            "sees or hears is not expanded, save its language model by itself and give that"
+        )
+    return layers
 
 
 def as_expanded(model: Any, config: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) ->
     """
     from transformers import AutoModelForCausalLM
 
-    from controlllm.control.model import expand_model
+    from controlllm.control.model import expand_model, number_of_layers
     from controlllm.control.schedule import mark_scheduled
     from controlllm.control.settings import ControlSettings
 
@@ -29,10 +29,10 @@ def load_model(base: Path, model: ModelConfig, control: ControlConfig | None) ->
     if control is None:
         return loaded.float().train()
     try:
-        settings = ControlSettings.resolve(control, num_layers=loaded.config.num_hidden_layers)
+        settings = ControlSettings.resolve(control, num_layers=number_of_layers(loaded))
+        expanded = expand_model(loaded, settings)
     except ValueError as error:
         raise UserError(str(error)) from None
-    expanded = expand_model(loaded, settings)
     mark_scheduled(expanded, control)
     for parameter in expanded.parameters():
         if parameter.requires_grad:

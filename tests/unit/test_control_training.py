@@ -87,9 +87,12 @@ def test_a_thousand_steps_leave_every_frozen_tensor_alone(dtype, layout):
 
 @pytest.mark.parametrize(("layout", "interpolation", "divergence"), [
     ("concat", "lerp", "mse"), ("hybrid", "dlerp", "cosine"), ("stack", "lerp", "none"), ("concat", "prog", "dot"),
+    ("concat", "lerp", "attention"),
 ])  # fmt: skip
 def test_gradient_checkpointing_changes_no_gradient(layout, interpolation, divergence):
-    model = perturb(expanded(tiny("Llama"), layout=layout, interpolation=interpolation, divergence=divergence)).train()
+    model = perturb(
+        expanded(tiny("Llama", "eager"), layout=layout, interpolation=interpolation, divergence=divergence)
+    ).train()
     plain = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     again = gradients(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, IDS, perturb, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM
 
 import controlllm  # noqa: F401 - makes the checkpoints known to transformers
 from controlllm.control.expand import decoder_layers, freeze
@@ -162,6 +162,13 @@ def test_twins_have_no_twins():
     model = expand_model(tiny("Llama"), ControlSettings(sites=[1]))
     with pytest.raises(ValueError, match="has twins already; fold it first"):
         expand_model(model, ControlSettings(sites=[1]))
+
+
+def test_a_model_that_also_sees_is_refused_in_a_line():
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=tiny("Gemma3Text").config.to_dict(), vision_config=sight | {"image_size": 28})
+    with pytest.raises(ValueError, match="also sees or hears is not expanded"):
+        expand_model(AutoModelForCausalLM.from_config(config), ControlSettings(sites=[1]))
 
 
 def test_a_stacked_model_can_be_the_base_of_another_run(tmp_path):
