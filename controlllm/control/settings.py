@@ -25,6 +25,10 @@ class ControlSettings:
     alpha_scale: float = 1.0
     """The dial: 0 gives the base model, 1 the trained one."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha_scale <= 1:
+            raise ValueError(f"alpha_scale must be between 0 (the base model) and 1, found {self.alpha_scale}")
+
     @classmethod
     def resolve(cls, config: ControlConfig, *, num_layers: int) -> "ControlSettings":
         """The settings for a model of `num_layers` layers; ValueError when the sites do not fit it."""

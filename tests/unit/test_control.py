@@ -1,12 +1,12 @@
-"""The method on a tiny model: it starts as the base, trains only the twins, caches and reloads exactly."""
+"""The loss of an expanded model, its gate, and where its sites are."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from families import perturb
 
 import controlllm  # noqa: F401 - makes the checkpoints known to transformers
 from controlllm.config import ControlConfig
-from controlllm.control.expand import control_blocks, freeze
+from controlllm.control.expand import control_blocks
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.model import expand_model
 from controlllm.control.settings import ControlSettings, choose_sites
@@ -16,75 +16,6 @@ IDS = torch.randint(0, 258, (2, 17), generator=torch.Generator().manual_seed(1))
 
 def expanded(model, sites=(1, 3), **settings):
     return expand_model(model, ControlSettings(sites=list(sites), **settings))
-
-
-def perturb(model):
-    torch.manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-@pytest.mark.parametrize("sites", [(1, 3), (0,), (0, 1, 2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_starts_as_the_base_bitwise(tiny_model, sites, dtype):
-    base = tiny_model.to(dtype)
-    before = base(IDS).logits
-    assert torch.equal(expanded(base, sites).eval()(IDS).logits, before)
-
-
-def test_reloaded_is_saved(tiny_model, tmp_path):
-    model = perturb(expanded(tiny_model))
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again).__name__ == "ControlLlamaForCausalLM"
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
-    freeze(again)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.7}, {"cache_implementation": "static"}],
-    ids=["greedy", "beams", "sampling", "static"],
-)
-def test_cached_is_uncached(tiny_model, arguments):
-    model = perturb(expanded(tiny_model, (0, 1, 2, 3)))
-    prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 12, "min_new_tokens": 12}
-    plain = {k: v for k, v in arguments.items() if k != "cache_implementation"} | {
-        "do_sample": "do_sample" in arguments
-    }
-    torch.manual_seed(3)
-    uncached = model.generate(**prompt, **plain, use_cache=False)
-    torch.manual_seed(3)
-    assert torch.equal(model.generate(**prompt, **plain | arguments), uncached)
-
-
-def test_left_padding_changes_no_token(tiny_model):
-    model = perturb(expanded(tiny_model))
-    alone = model.generate(IDS[:1], attention_mask=torch.ones(1, 17), max_new_tokens=8, do_sample=False)
-    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), IDS[:1]], 1)
-    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 17)], 1)
-    together = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    assert torch.equal(together[:, 22:], alone[:, 17:])
-
-
-def test_only_twins_and_gates_are_trained(tiny_model):
-    model = expanded(tiny_model)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        model.train()(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    assert all(".expanded." in n or ".interpolation." in n for n, p in model.named_parameters() if p.requires_grad)
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    assert any(
-        not torch.equal(block.expanded.mlp.up_proj.weight, block.frozen.mlp.up_proj.weight)
-        for block in control_blocks(model)
-    )
 
 
 def test_gate_can_be_fixed(tiny_model):
@@ -142,6 +73,7 @@ def test_plain_model_has_the_same_loss(tiny_model):
 
 @pytest.mark.parametrize(("count", "sites", "chosen"), [
     (6, "evenly", [4, 9, 14, 19, 24, 29]), (30, "evenly", list(range(30))), (2, "top", [28, 29]), (2, [3, 7], [3, 7]),
+    (4, "every_nth_of_top", [23, 25, 27, 29]), (15, "every_nth_of_top", list(range(1, 30, 2))),
 ])  # fmt: skip
 def test_sites(count, sites, chosen):
     assert choose_sites(ControlConfig(num_expanded=count, sites=sites), 30) == chosen
@@ -151,6 +83,7 @@ def test_sites(count, sites, chosen):
     (7, "evenly", "7 does not divide the model's 30 layers"),
     (31, "top", "31 sites do not fit"),
     (1, [30], "layer 30 is out of range"),
+    (16, "every_nth_of_top", "need 31 layers, the model has 30; use at most 1"),
 ])  # fmt: skip
 def test_wrong_sites(count, sites, says):
     with pytest.raises(ValueError, match=says):
