@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from controlllm import __version__
-from controlllm.cli_checkpoints import add_commands
-from controlllm.errors import one_line
+from controlllm import __version__, cli_checkpoints, cli_data
+from controlllm.errors import UserError, one_line
 from controlllm.progress import prepare_environment
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as workflows/recipes/demo.yaml.")]
@@ -56,6 +55,31 @@ def _options(
     """Both are taken out of the arguments by `main`; they are here to be listed."""
 
 
+def ingest(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|SOURCE", help="A recipe; or a dataset, to copy it.")],
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="FOLDER", help="Where a dataset is copied to.")] = None,
+) -> None:
+    """Get the base model and list the rows of every dataset; or copy a dataset from anywhere to anywhere.
+
+    Example: `controlllm ingest workflows/recipes/demo.yaml mix.datasets.0.rows=500`
+
+    Example: `controlllm ingest hf://HuggingFaceH4/ultrachat_200k --to hdfs://namenode:9000/data/ultrachat`
+
+    Next: `controlllm prepare`, or `source:` in a recipe, as the copy's last line says.
+    """
+    if to is None:
+        if "://" in recipe:
+            raise UserError(f"{recipe} is a dataset: say with --to where it is copied to, or give a recipe")
+        _stage_command("ingest")(recipe, overrides)
+        return
+    if overrides:
+        raise UserError(f"{overrides[0]}: a copy takes no settings of a recipe")
+    from controlllm.transfer import transfer
+
+    transfer(recipe, to)
+
+
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(recipe: Recipe, overrides: Overrides = None) -> None:
         config = _checked(recipe, overrides or [])
@@ -69,8 +93,12 @@ def _stage_command(stage: str) -> Callable[..., None]:
 for _stage, (_what, _example, _next) in STAGES.items():
     _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
+    if _stage == "ingest":
+        app.command("ingest", rich_help_panel="Stages")(ingest)
+        continue
     app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
-add_commands(app)
+cli_checkpoints.add_commands(app)
+cli_data.add_commands(app)
 
 
 @config_app.command("show")
@@ -119,26 +147,6 @@ def schema(table: Annotated[bool, typer.Option("--table", help="A table to read,
         print_table(tree)
     else:
         print(json.dumps(tree, indent=2, ensure_ascii=False))
-
-
-@app.command("datasets", rich_help_panel="Before a run")
-def datasets() -> None:
-    """List the datasets that a recipe can name.
-
-    Example: `controlllm datasets`
-
-    Next: name one under `mix.datasets`, or give your own file with `source` and `format`.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from controlllm.data.catalog import CATALOG, dataset_names
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in dataset_names():
-        entry = CATALOG[name]
-        table.add_row(name, f"{' '.join(entry.description.split())}\n{entry.source}\nlicence: {entry.license}")
-    Console(highlight=False, markup=False).print(table)
 
 
 def _checked(recipe: str, overrides: list[str]) -> Any:

@@ -43,7 +43,7 @@ def _lineage(base: Path, trained: Path) -> dict[str, Any]:
         "base_content": content_hash(base),
         "data": {
             "content": training["parents"]["prepare"]["content"],
-            "datasets": sorted(_starting(inputs, "mix.weights.")),
+            "datasets": sorted(_starting(inputs, "mix.shares.")),
         },
         "training": {"key": training["key"], "content": training["content"]},
         "code": {"controlllm": __version__, "train": content_of(_starting(inputs, "code "))}

@@ -11,7 +11,7 @@ from controlllm.config import RunConfig
 from controlllm.errors import UserError
 from controlllm.fingerprint import content_of
 from controlllm.report import StageTime, build_report, print_summary
-from controlllm.store import read_lineage, run_stage
+from controlllm.store import deliver_to, read_lineage, run_stage
 
 
 def report(
@@ -88,6 +88,7 @@ def _deliver(made: Path, model: Path, output: Path) -> Path:
         shutil.copyfile(made / "report.html", output / "report.html")
         _link(output / "model", model)
         _link(output / "summary", made)
+        deliver_to(output)
     except OSError as error:
         raise UserError(f"output: {output} cannot be written: {error.strerror}") from None
     return output / "report.html"

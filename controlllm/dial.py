@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from controlllm.config import BenchmarkConfig, MixConfig
+from controlllm.config import BenchmarkConfig, PackConfig
 from controlllm.data.probes import PROBES, probe_names
 from controlllm.errors import UserError
 from controlllm.progress import console
@@ -110,8 +110,7 @@ def probe_data(base: Path, config: BenchmarkConfig) -> Path:
     """The probes' items, as a run has them; `base` gives the answers that drift is measured from."""
     from controlllm.ingest import ingest_data
 
-    nothing_to_train_on = MixConfig.model_construct(datasets=[])
-    return ingest_data(base, nothing_to_train_on, config).path
+    return ingest_data(base, None, config, PackConfig()).path
 
 
 def compared(before: Path, after: Path) -> dict[str, Json]:

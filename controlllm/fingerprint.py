@@ -15,9 +15,13 @@ PACKAGE = Path(__file__).parent
 # What each stage runs, as files or folders of this package, and the libraries whose version can change its result.
 CODE: dict[str, tuple[str, ...]] = {
     "ingest model": ("base_model.py", "data/sources.py"),
-    "ingest data": ("ingest.py", "data/catalog.py", "data/sources.py", "data/probes.py", "data/render.py"),
-    "prepare": ("prepare.py", "data/render.py", "data/pack.py"),
-    "train": ("train", "control", "data/loader.py"),
+    "ingest data": (
+        "ingest.py",
+        *(f"data/{name}.py" for name in ("catalog", "decontaminate", "generated", "held_out", "manifest", "probes")),
+    ),
+    "prepare": ("prepare.py", "data"),
+    "prepare piece": ("prepare.py", "data"),
+    "train": ("train", "control", "data/loader.py", "data/order.py", "data/shelf.py"),
     "consolidate": ("consolidate.py", "train/model.py", "control"),
     "benchmark": ("benchmark.py", "harness.py", "benchmarks", "control"),
     "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
@@ -26,7 +30,8 @@ CODE: dict[str, tuple[str, ...]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "ingest model": ("transformers", "gguf"),
     "ingest data": ("transformers", "torch", "reasoning-gym"),
-    "prepare": ("transformers", "tokenizers"),
+    "prepare": ("transformers", "tokenizers", "pyarrow"),
+    "prepare piece": ("transformers", "tokenizers", "pyarrow"),
     "train": ("torch", "transformers"),
     "consolidate": ("torch", "transformers"),
     "benchmark": ("torch", "transformers", "lm-eval"),

@@ -1,16 +1,18 @@
-"""Stage 1: the base model as safetensors, and the data as JSON lines: rows to train on, items to measure with."""
+"""Stage 1: the base model as safetensors; what the training data is, file by file; items to measure with."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from controlllm.config import BenchmarkConfig, DatasetConfig, MixConfig, ModelConfig
+from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig, PackConfig
 from controlllm.data.catalog import find_dataset
+from controlllm.data.manifest import Manifest, list_source
 from controlllm.data.probes import HELD_OUT_SEED, PROBES, Probe
-from controlllm.data.sources import GYM, read_rows, source_files
+from controlllm.data.sources import GYM, read_rows
 from controlllm.errors import UserError
-from controlllm.progress import console, track
+from controlllm.fingerprint import content_of
+from controlllm.progress import track
 from controlllm.store import Output, run_stage
 
 # Procedural puzzles have no end: this many are held out when `benchmark.items` does not say.
@@ -32,65 +34,46 @@ def ingest_model(model: ModelConfig) -> Output:
     return run_stage("ingest model", config={"model": config}, parents={}, build=build)
 
 
-def ingest_data(base: Path, mix: MixConfig, benchmark: BenchmarkConfig) -> Output:
-    """`train/<dataset>.jsonl` and `probes/<probe>.jsonl`; nothing that is measured stands in what is trained on."""
+def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, pack: PackConfig) -> Output:
+    """`manifests/<dataset>.json`, `probes/<probe>.jsonl`, and `held_out/`, which keeps the one out of the other.
+
+    The sources are listed each time, so that a file that was changed, moved or added is noticed; their rows stay where
+    they are. Without a mix there is only what is measured.
+    """
+    datasets = mix.datasets if mix else []
+    manifests = {d.name: _manifest(d, where=f"mix.datasets.{i}", pack=pack) for i, d in enumerate(datasets)}
 
     def build(folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        from controlllm.data.held_out import HeldOut
+
         tokenizer = AutoTokenizer.from_pretrained(base)
-        probes = [PROBES[name] for name in (*benchmark.new, *benchmark.old)]
-        held_out: set[str] = set()
-        for probe in probes:
-            items = _probe_items(probe, base, tokenizer, benchmark)
-            _write(folder / "probes" / f"{probe.name}.jsonl", items)
-            held_out |= {_fingerprint(item) for item in items}
-        for dataset in mix.datasets:
-            kept = list(_documents(dataset, held_out))
-            if not kept:
-                raise UserError(f"mix.datasets.{dataset.name}: no row is left to train on")
-            _write(folder / "train" / f"{dataset.name}.jsonl", kept)
+        measured: list[dict[str, Any]] = []
+        for name in (*benchmark.new, *benchmark.old):
+            items = _probe_items(PROBES[name], base, tokenizer, benchmark)
+            _write(folder / "probes" / f"{name}.jsonl", items)
+            measured += items
+        if mix and (held_out := HeldOut.of(measured, mode=mix.decontaminate, words=mix.decontaminate_words)):
+            held_out.save(folder / "held_out")
+        (folder / "manifests").mkdir()
+        for name, manifest in manifests.items():
+            (folder / "manifests" / f"{name}.json").write_text(json.dumps(manifest.to_json(), indent=1))
 
     config = {
-        "mix": {"datasets": [d.model_dump(exclude={"weight"}) for d in mix.datasets]},
+        "mix": mix and mix.model_dump(include={"decontaminate", "decontaminate_words"}),
         "benchmark": benchmark.model_dump(include={"new", "old", "items"}),
-        "source": {d.name: _stamp(find_dataset(d).source) for d in mix.datasets},
+        "source": {name: content_of(manifest.to_json()) for name, manifest in manifests.items()},
     }
     return run_stage("ingest data", config=config, parents={"ingest model": base}, build=build)
 
 
-def _stamp(source: str) -> Any:
-    """What would change if the source's files did."""
-    if source.startswith(GYM):
-        return source
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source_files(source)}
-
-
-def _documents(config: DatasetConfig, held_out: set[str]) -> Iterator[dict[str, Any]]:
-    """Rows as documents, each once; what is also a held-out item is left out, and counted aloud."""
-    dataset = find_dataset(config)
-    seen: set[str] = set()
-    repeated = measured = 0
-    for number, row in enumerate(read_rows(dataset.source, rows=config.rows, seed=config.seed), start=1):
-        try:
-            document = dataset.convert(row)
-        except UserError as error:
-            raise UserError(f"mix.datasets.{config.name}: {dataset.source} row {number}: {error}") from None
-        if document is None:
-            continue
-        item = {"text": document} if isinstance(document, str) else {"messages": document}
-        mark = _fingerprint(item)
-        if mark in held_out:
-            measured += 1
-        elif mark in seen:
-            repeated += 1
-        else:
-            seen.add(mark)
-            yield item
-    if repeated or measured:
-        console.print(
-            f"  {config.name}: left out {repeated} repeated rows and {measured} that are held out for measuring"
-        )
+def _manifest(dataset: Any, *, where: str, pack: PackConfig) -> Manifest:
+    source = find_dataset(dataset).source
+    try:
+        return list_source(source, unit_rows=pack.unit_rows, rows=dataset.rows, seed=dataset.seed)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _fingerprint(item: dict[str, Any]) -> str:

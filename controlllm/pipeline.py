@@ -42,13 +42,13 @@ def _ingest(config: RunConfig) -> Made:
     from controlllm.ingest import ingest_data, ingest_model
 
     base = ingest_model(config.model).path
-    return Made(base, ingest_data(base, config.mix, config.benchmark).path)
+    return Made(base, ingest_data(base, config.mix, config.benchmark, config.pack).path)
 
 
 def _prepare(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.prepare import prepare
 
-    made.shards = prepare(made.base, made.data, config.pack).path
+    made.shards = prepare(made.base, made.data, config.mix, config.pack).path
 
 
 def _train(config: RunConfig, made: Made, started: datetime) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 from controlllm.config import RunConfig
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
+from controlllm.data.location import is_remote, kind_of
 from controlllm.data.probes import PROBES, probe_names
 from controlllm.data.sources import GYM, source_files
+from controlllm.data.steps import build_steps
 from controlllm.errors import UserError
 from controlllm.model_shape import Shape, model_shape
 from controlllm.recipe import KeyPath, dotted, read
@@ -22,6 +24,7 @@ from controlllm.store import store_root
 __all__ = ["Shape", "check", "model_shape"]
 
 GIGABYTE = 10**9
+REMOTE_PACKAGES = {"hdfs": "hdfs_native", "s3": "s3fs", "gs": "gcsfs"}
 
 # The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
 NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
@@ -84,8 +87,16 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _names(config: RunConfig) -> None:
     for index, dataset in enumerate(config.mix.datasets):
+        key = f"mix.datasets.{index}"
         if dataset.source is None:
-            _known(f"mix.datasets.{index}.name", dataset.name, "dataset", dataset_names())
+            _known(f"{key}.name", dataset.name, "dataset", dataset_names())
+        try:
+            find_dataset(dataset)
+        except UserError as error:
+            raise _Wrong(key, str(error)) from None
+        build_steps(dataset.preprocess, where=f"{key}.preprocess")
+    if config.pack.chat_template and not Path(config.pack.chat_template).is_file():
+        raise _Wrong("pack.chat_template", f"'{config.pack.chat_template}' is not a file; give a Jinja template")
     for side in ("new", "old"):
         for index, name in enumerate(getattr(config.benchmark, side)):
             _known(f"benchmark.{side}.{index}", name, "probe", probe_names())
@@ -173,9 +184,19 @@ def _readable(key: str, source: str) -> None:
             raise _Wrong(key, "its rows come from reasoning-gym, which is not installed; pip install reasoning-gym")
         return
     try:
+        if kind_of(source) == "hf" or is_remote(source):  # ingest looks: a check must not wait for another machine
+            _installed(key, source)
+            return
         files = source_files(source)
     except (UserError, OSError) as error:
         raise _Wrong(key, str(error)) from None
     for file in files:
         if not os.access(file, os.R_OK):
             raise _Wrong(key, f"{file}: cannot be read (no permission)")
+
+
+def _installed(key: str, source: str) -> None:
+    kind = kind_of(source)
+    package = REMOTE_PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise _Wrong(key, f"{kind}:// needs the package {package}; pip install 'controlllm[{kind}]'")

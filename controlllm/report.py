@@ -60,7 +60,7 @@ def build_report(
     page = _render(
         runs=runs,
         metrics=_read_lines(train / "metrics.jsonl"),
-        data=_read(prepare / "stats.json"),
+        data=_read((train if (train / "stats.json").exists() else prepare) / "stats.json"),
         smoke=None if smoke is None else _read(smoke / "smoke.json"),
         samples={
             p["title"]: _samples(base_scores, tuned_scores, key)

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +25,7 @@ from controlllm.fingerprint import LIBRARIES, code_hashes, content_of, digest, h
 from controlllm.progress import console, duration
 
 LINEAGE = "lineage.json"
+DELIVERED = "delivered.txt"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,27 @@ class Output:
 def store_root() -> Path:
     """`CONTROLLLM_CACHE`, or `.controlllm` beside the place where the command is run."""
     return Path(os.environ.get("CONTROLLLM_CACHE", ".controlllm")).absolute()
+
+
+class Miss(Exception):
+    """In a dry run: this stage would compute."""
+
+    def __init__(self, stage: str, parents: Mapping[str, Path]):
+        super().__init__(stage)
+        self.stage, self.parents = stage, parents
+
+
+_told: ContextVar[Callable[[str], None] | None] = ContextVar("dry run", default=None)
+
+
+@contextmanager
+def dry_run(tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, stages compute nothing: each is told as cached, and the first that is not raises Miss."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 def run_stage(
@@ -55,12 +79,19 @@ def run_stage(
     key = content_of(inputs)
     home = store_root() / stage.replace(" ", "-")
     final = home / key
+    tell = _told.get()
     _make(home)
     with FileLock(home / f".{key}.lock"):
         if (lineage := _complete(final)) is not None:
             made = f"made {lineage['finished']}, took {duration(lineage['seconds'])}"
-            console.print(f"[green]●[/] {stage:<13} cached    [dim]{made}[/]")
+            if tell:
+                tell(f"{stage}: cached, {made}")
+            else:
+                console.print(f"[green]●[/] {stage:<13} cached    [dim]{made}[/]")
             return Output(final, lineage, cached=True)
+        if tell:
+            tell(f"{stage}: would compute {_why(home, inputs)}".replace("\\[", "["))
+            raise Miss(stage, parents)
         console.print(f"[cyan]▶[/] {stage:<13} computing [dim]{_why(home, inputs)}[/]", markup=True)
         partial = home / f".{key}.partial"
         if not resumable or final.exists():
@@ -100,6 +131,22 @@ def content_hash(path: Path) -> str:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     return _content(_manifest(path))
+
+
+def deliver_to(folder: Path) -> None:
+    """Remember a folder outside that links to outputs, so that they are not pruned."""
+    file = store_root() / DELIVERED
+    if folder.absolute() not in delivered():
+        with file.open("a") as stream:
+            stream.write(f"{folder.absolute()}\n")
+
+
+def delivered() -> list[Path]:
+    """Folders that link to outputs and still exist."""
+    file = store_root() / DELIVERED
+    return (
+        [folder for line in file.read_text().splitlines() if (folder := Path(line)).is_dir()] if file.exists() else []
+    )
 
 
 def read_lineage(path: Path) -> dict[str, Any]:
@@ -216,6 +263,11 @@ def _why(home: Path, inputs: dict[str, Any]) -> str:
         return "the stored output was damaged"
     shown = [_change(name, nearest, inputs) for name in names[:4]]
     return "because " + ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "") + " changed"
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Dotted names of the values in which two trees differ."""
+    return _differing(dict(_flatten(old)), dict(_flatten(new)))
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

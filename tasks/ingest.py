@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from flytekit import task
 
-from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig
+from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig, PackConfig
 from tasks import cluster
 from tasks.artifacts import Folder, Recipe, is_local, one_line_errors, publish, stage_cache
 
@@ -31,9 +31,9 @@ def preflight(config: Recipe) -> str:
     environment=cluster.environment(),
 )
 @one_line_errors
-def ingest(model: ModelConfig, mix: MixConfig, benchmark: BenchmarkConfig) -> Ingested:
-    """Base model as safetensors; rows to train on and items to measure with as JSON lines."""
+def ingest(model: ModelConfig, mix: MixConfig, benchmark: BenchmarkConfig, pack: PackConfig) -> Ingested:
+    """Base model as safetensors; the training data's files and pieces; items to measure with as JSON lines."""
     from controlllm.ingest import ingest_data, ingest_model
 
     base = ingest_model(model).path
-    return Ingested(publish(base), publish(ingest_data(base, mix, benchmark).path))
+    return Ingested(publish(base), publish(ingest_data(base, mix, benchmark, pack).path))

@@ -1,9 +1,10 @@
-"""Stage 2: packed rows."""
+"""Stage 2: packed rows, every dataset in one pod, or a big one in several."""
 
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
-from controlllm.config import PackConfig
+from controlllm.config import MixConfig, PackConfig
+from controlllm.prepare import Piece
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
@@ -15,8 +16,45 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
     environment=cluster.environment(),
 )
 @one_line_errors
-def prepare(base: FlyteDirectory, data: FlyteDirectory, pack: PackConfig) -> Folder:
-    """Chat template, targets, packing: Arrow shards."""
-    from controlllm.prepare import prepare as prepare_stage
+def plan_pieces(data: FlyteDirectory, mix: MixConfig, pack: PackConfig) -> list[Piece]:
+    """What the pods share among them."""
+    from controlllm.prepare import pieces
 
-    return publish(prepare_stage(local(base), local(data), pack).path)
+    return pieces(local(data), mix, pack)
+
+
+@task(
+    cache=stage_cache("prepare piece"),
+    container_image=cluster.image("train"),
+    requests=cluster.light(),
+    environment=cluster.environment(),
+)
+@one_line_errors
+def prepare_piece(
+    piece: Piece, base: FlyteDirectory, data: FlyteDirectory, mix: MixConfig, pack: PackConfig
+) -> FlyteDirectory:
+    """Chat template, targets, packing: the shards of some units of one dataset."""
+    from controlllm.prepare import prepare_piece as prepare_piece_stage
+
+    return publish(prepare_piece_stage(piece, local(base), local(data), mix, pack).path)
+
+
+@task(
+    cache=stage_cache("prepare"),
+    container_image=cluster.image("train"),
+    requests=cluster.light(),
+    environment=cluster.environment(),
+)
+@one_line_errors
+def prepare(
+    base: FlyteDirectory,
+    data: FlyteDirectory,
+    mix: MixConfig,
+    pack: PackConfig,
+    parts: list[FlyteDirectory | None] | None = None,
+) -> Folder:
+    """All datasets, out of the pieces that pods made; what is missing is made here."""
+    from controlllm.prepare import gather
+
+    there = [local(part) for part in parts or [] if part is not None]
+    return publish(gather(there, local(base), local(data), mix, pack).path)

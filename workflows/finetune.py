@@ -3,16 +3,17 @@
 Every task can be run alone, too: `pyflyte run workflows/finetune.py benchmark --help`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-from flytekit import workflow
+from flytekit import map_task, workflow
 from flytekit.types.file import FlyteFile
 
 from tasks.artifacts import Folder, Recipe
 from tasks.benchmark import benchmark
 from tasks.consolidate import consolidate
 from tasks.ingest import ingest, preflight
-from tasks.prepare import prepare
+from tasks.prepare import plan_pieces, prepare, prepare_piece
 from tasks.report import report
 from tasks.smoke import smoke
 from tasks.train import train
@@ -28,9 +29,12 @@ class Finetuned(NamedTuple):
 def finetune(config: Recipe) -> Finetuned:
     """Ingest, prepare, train, consolidate, benchmark, smoke test, report. Unchanged stages come from the cache."""
     checked = preflight(config=config)
-    raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark)
+    raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark, pack=config.pack)
     checked >> raw.base  # order: a run that cannot work ends before it begins
-    shards = prepare(base=raw.base, data=raw.data, pack=config.pack)
+    pieces = plan_pieces(data=raw.data, mix=config.mix, pack=config.pack)
+    piece = partial(prepare_piece, base=raw.base, data=raw.data, mix=config.mix, pack=config.pack)
+    parts = map_task(piece, min_success_ratio=0.9)(piece=pieces)  # what a lost pod leaves out, `prepare` makes
+    shards = prepare(base=raw.base, data=raw.data, mix=config.mix, pack=config.pack, parts=parts)
     trained = train(
         base=raw.base,
         shards=shards,

@@ -1,123 +1,83 @@
-"""Datasets by name. A dataset is a function from a row to messages (or text, or None to drop the row).
+"""Datasets by name: the built-in ones, those of other packages, and those that a recipe describes itself.
 
-Another package adds its own under the entry point group `controlllm.datasets`.
+Another package adds its own under the entry point group `controlllm.datasets`, with `@dataset` or `register`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
 
 from controlllm.config import DatasetConfig
+from controlllm.data import builtin
+from controlllm.data.dataset import CATALOG, Dataset, assistant, dataset, register, user
+from controlllm.data.forms import FORMS, form_names
+from controlllm.data.messages import hint
 from controlllm.errors import UserError
 
-Message = dict[str, str]
-Document = list[Message] | str
-Convert = Callable[[dict[str, Any]], Document | None]
+__all__ = [
+    "CATALOG", "Dataset", "Listed", "assistant", "builtin", "dataset", "dataset_names", "find_dataset", "listing",
+    "register", "user",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A source and how its rows are read."""
+class Listed:
+    """A line of `controlllm datasets`."""
 
     name: str
-    source: str
-    convert: Convert
     description: str
+    source: str
+    rows: int | None
+    size: str | None
     license: str
-
-
-CATALOG: dict[str, Dataset] = {}
-
-
-def dataset(name: str, *, source: str, license: str) -> Callable[[Convert], Convert]:
-    """Register a dataset; the function's docstring is its description."""
-
-    def add(convert: Convert) -> Convert:
-        if name in CATALOG:
-            raise ValueError(f"dataset {name!r} is registered twice")
-        CATALOG[name] = Dataset(name, source, convert, (convert.__doc__ or "").strip(), license)
-        return convert
-
-    return add
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-@dataset(
-    "puzzles",
-    # Sizes that a model of 135 M parameters can learn within minutes.
-    source="reasoning-gym://chain_sum?max_terms=2&max_digits=2+gcd+number_sorting?max_numbers=4+"
-    "spell_backward?min_word_len=3&max_word_len=4",
-    license="Apache-2.0",
-)
-def puzzles(row: dict[str, Any]) -> Document:
-    """Procedural puzzles of reasoning-gym (sums, gcd, sorting, spelling backward), in any amount."""
-    return [user(row["question"]), assistant(row["answer"])]
 
 
 def dataset_names() -> list[str]:
     """Built-in names and those that installed packages add."""
     _load_plugins()
-    return sorted(CATALOG)
+    return sorted(CATALOG, key=str.lower)
+
+
+def listing() -> list[Listed]:
+    """Everything that a recipe can name."""
+    found = [CATALOG[name] for name in dataset_names()]
+    return [Listed(d.name, d.description, d.source, d.rows, d.size, d.license) for d in found]
 
 
 def find_dataset(config: DatasetConfig) -> Dataset:
-    """The catalog's entry, or one made from `source`, `format` and `fields`."""
-    if config.source is not None and config.format is not None:
-        convert = _by_fields(config.format, config.fields)
-        return Dataset(config.name, config.source, convert, "from the recipe", "as its source says")
-    if config.name not in dataset_names():
-        raise UserError(f"unknown dataset '{config.name}'; known: {', '.join(dataset_names())}")
-    return CATALOG[config.name]
+    """The catalog's entry, perhaps from another source, or one made from `source`, `format` and `fields`."""
+    where = f"dataset '{config.name}'"
+    if config.format is not None:
+        if config.source is None:
+            raise UserError(f"{where}: format {config.format} needs a source: where the files are")
+        form_names(config.format, config.fields, where=f"{where}: fields")
+        made = Dataset(config.name, config.source, "from the recipe", "as its source says")
+        return replace(made, form=config.format, fields=config.fields)
+    known = dataset_names()
+    if config.name not in CATALOG:
+        if config.source is not None:
+            raise UserError(
+                f"{where} has a source but no format, and is not in the catalog; formats: {', '.join(FORMS)}"
+            )
+        raise UserError(f"unknown dataset '{config.name}'{_nearest(config.name, known)}")
+    found = CATALOG[config.name]
+    if config.fields:
+        if found.form is None:
+            raise UserError(f"{where}: fields are for formats; this dataset of the catalog reads its rows by itself")
+        form_names(found.form, config.fields, where=f"{where}: fields")
+    return replace(found, source=config.source or found.source, fields={**found.fields, **config.fields})
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The nearest name first, and all the others: the list is short."""
+    near = hint(name, [k.lower() for k in known])
+    if not near.startswith("; did"):
+        return f"; known: {', '.join(known)}"
+    meant = next(k for k in known if f"'{k.lower()}'" in near)
+    return f"; did you mean '{meant}'? known: {', '.join(known)}"
 
 
 @cache
 def _load_plugins() -> None:
     for point in entry_points(group="controlllm.datasets"):
         point.load()
-
-
-def _by_fields(form: str, fields: dict[str, str]) -> Convert:
-    """The common forms by field names, so that a dataset usually needs no code."""
-
-    def named(row: dict[str, Any], field: str) -> Any:
-        key = fields.get(field, field)
-        if row.get(key) is None:
-            raise UserError(f"field '{key}' is missing or null; the row has: {', '.join(map(str, row))}")
-        return row[key]
-
-    def text(row: dict[str, Any]) -> Document:
-        return _string(named(row, "text"), "text")
-
-    def prompt_completion(row: dict[str, Any]) -> Document:
-        return [
-            user(_string(named(row, "prompt"), "prompt")),
-            assistant(_string(named(row, "completion"), "completion")),
-        ]
-
-    def messages(row: dict[str, Any]) -> Document:
-        return [_message(message) for message in named(row, "messages")]
-
-    return {"text": text, "prompt_completion": prompt_completion, "messages": messages}[form]
-
-
-def _string(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"field '{field}' must be text, found {type(value).__name__}")
-    return value
-
-
-def _message(message: Any) -> Message:
-    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise UserError(f"a message needs role and content, found {message!r:.80}")
-    if message["role"] not in ("system", "user", "assistant"):
-        raise UserError(f"role {message['role']!r} is not one of system, user, assistant")
-    return {"role": message["role"], "content": _string(message["content"], "content")}

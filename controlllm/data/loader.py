@@ -1,16 +1,16 @@
-"""Packed rows to batches. The order is a pure function of (seed, epoch): resuming is a step number."""
+"""Packed rows to batches. The order is a pure function of (seed, place): resuming is a step number."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import islice
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from controlllm.errors import UserError
+from controlllm.config import MixConfig, PackConfig
+from controlllm.data.order import SIDE_BY_SIDE, DatasetOrder, Interleave, SortedOrder
+from controlllm.data.shelf import PackedRow, Shelf
 
 IGNORED = -100
 
@@ -37,74 +37,84 @@ class Batch:
         return self.input_ids.numel()
 
 
-class PackedRows:
-    """The rows of one Arrow file, memory-mapped."""
-
-    def __init__(self, file: Path):
-        if not file.exists():
-            raise UserError(f"{file}: no such packed file")
-        self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row = self.table.slice(index, 1)
-        return {
-            name: row[name].chunk(0).values.slice(*_range(row[name].chunk(0))).to_numpy(zero_copy_only=False)
-            for name in row.column_names
-        }
-
-
-def _range(column: pa.ListArray) -> tuple[int, int]:
-    begin, end = column.offsets[0].as_py(), column.offsets[1].as_py()
-    return begin, end - begin
-
-
 class Mix:
-    """Several datasets as one endless, seeded order; a weight of 2 shows a dataset's rows twice per epoch."""
+    """Several datasets as one endless order; nothing is kept but the place in it."""
 
-    def __init__(self, datasets: Sequence[tuple[PackedRows, float]], *, seed: int):
-        self.datasets, self.seed = datasets, seed
-        self.counts = [max(1, round(weight * len(rows))) for rows, weight in datasets]
-        self._epochs: dict[int, list[tuple[int, int]]] = {}
+    def __init__(self, shelves: Sequence[Shelf], config: MixConfig, pack: PackConfig):
+        self.shelves = shelves
+        self.orders = [_order(shelf, config, pack) for shelf in shelves]
+        self.interleave = Interleave(_shares(shelves, config))
 
     @property
     def epoch_rows(self) -> int:
-        return sum(self.counts)
+        """Packed rows of all datasets, each once."""
+        return sum(len(order) for order in self.orders)
 
-    def row(self, position: int) -> dict[str, np.ndarray]:
-        """The row at a place of the endless order."""
-        epoch, place = divmod(position, self.epoch_rows)
-        dataset, index = self._order(epoch)[place]
-        return self.datasets[dataset][0][index]
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(dataset, unit, row) at a place of the endless order."""
+        dataset, k = self.interleave.place(position) if len(self.shelves) > 1 else (0, position)
+        return dataset, *self.orders[dataset].place(k)
 
-    def _order(self, epoch: int) -> list[tuple[int, int]]:
-        if epoch not in self._epochs:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            places: list[tuple[int, int]] = []
-            for dataset, ((rows, _), count) in enumerate(zip(self.datasets, self.counts, strict=True)):
-                repeats = -(-count // len(rows))
-                chosen = np.concatenate([generator.permutation(len(rows)) for _ in range(repeats)])[:count]
-                places += [(dataset, int(index)) for index in chosen]
-            self._epochs = {epoch: [places[i] for i in generator.permutation(len(places))]}
-        return self._epochs[epoch]
+    def row(self, position: int) -> PackedRow:
+        dataset, unit, row = self.place(position)
+        return self.shelves[dataset].read(unit, row)
 
     def step(self, step: int, *, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """This process's micro-batches of one optimizer step; row g of the global batch goes to rank g mod world."""
         rows = [self.row(step * global_batch + g) for g in range(rank, global_batch, world)]
         return [collate(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
 
-
-def batches(rows: PackedRows, *, size: int, limit: int) -> Iterator[Batch]:
-    """The first `limit` rows in order, for validation."""
-    count = min(len(rows), limit)
-    for start in range(0, count, size):
-        yield collate([rows[i] for i in range(start, min(start + size, count))])
+    def validation(self, rows: int) -> list[PackedRow]:
+        """The first held-back rows, of all datasets in turn; the same however far the shards are made."""
+        return list(islice(_in_turn([shelf.validation() for shelf in self.shelves]), rows))
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> Batch:
+def _order(shelf: Shelf, config: MixConfig, pack: PackConfig) -> DatasetOrder | SortedOrder:
+    if config.order == "length":
+        return SortedOrder([shelf.mean_lengths(unit) for unit in range(shelf.units)])
+    return DatasetOrder(
+        shelf.name,
+        shelf.units,
+        shelf.rows_of,
+        seed=config.seed,
+        shuffled=config.order == "shuffle",
+        side_by_side=SIDE_BY_SIDE if pack.strategy == "pad" else 1,
+    )
+
+
+def _shares(shelves: Sequence[Shelf], config: MixConfig) -> list[float]:
+    """Of the packed rows. Weights are shares of tokens; without them every row comes `epochs` times in a pass."""
+    if len(shelves) == 1:
+        return [1.0]
+    if all(d.weight is not None for d in config.datasets):
+        return [(d.weight or 0) / s.tokens_per_row() for d, s in zip(config.datasets, shelves, strict=True)]
+    rows = [sum(shelf.rows_of(unit) for unit in range(shelf.units)) for shelf in shelves]
+    counts = [round(n * d.epochs) or 1 for n, d in zip(rows, config.datasets, strict=True)]
+    if config.temperature == 1:
+        return [float(n) for n in counts]
+    tokens = [n * shelf.tokens_per_row() for n, shelf in zip(counts, shelves, strict=True)]
+    return [t ** (1 / config.temperature) / s.tokens_per_row() for t, s in zip(tokens, shelves, strict=True)]
+
+
+def _in_turn(sequences: list[Iterator[PackedRow]]) -> Iterator[PackedRow]:
+    while sequences:
+        for sequence in list(sequences):
+            row = next(sequence, None)
+            if row is None:
+                sequences.remove(sequence)
+            else:
+                yield row
+
+
+def batches(rows: Sequence[PackedRow], *, size: int) -> Iterator[Batch]:
+    """Rows in order, for validation."""
+    for start in range(0, len(rows), size):
+        yield collate(rows[start : start + size])
+
+
+def collate(rows: Iterable[PackedRow]) -> Batch:
     """One sequence of all the rows' documents."""
+    rows = list(rows)
     lengths = np.concatenate([row["lengths"] for row in rows])
     ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
     edges = np.concatenate([[0], np.cumsum(lengths)])

@@ -15,7 +15,8 @@ from controlllm.config import ControlConfig, TrainConfig, ValidationConfig
 from controlllm.control.expand import control_blocks
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.schedule import set_step
-from controlllm.data.loader import Batch, Mix, PackedRows, batches
+from controlllm.data.loader import Batch, Mix, batches
+from controlllm.data.shelf import PackedRow
 from controlllm.errors import UserError
 from controlllm.progress import track
 from controlllm.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -78,14 +79,15 @@ class Trainer:
             return WithLoss(self.model)
         return torch.nn.parallel.DistributedDataParallel(WithLoss(self.model), gradient_as_bucket_view=True)
 
-    def train(self, validation: PackedRows | None, every: ValidationConfig | None) -> None:
+    def train(self, every: ValidationConfig | None = None) -> None:
         """All steps that are left; logs to `metrics.jsonl`, validates and saves when due."""
         checkpoints = self.folder / "checkpoints"
         if (saved := self.world.share(newest_checkpoint(checkpoints) if self.world.is_main else None)) is not None:
             self.step = load_checkpoint(saved, self.model, self.optimizer)
         log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.world.is_main else None
-        if validation is not None and every is not None and self.step == 0:
-            self._validate(validation, every, log)
+        held_back = self.mix.validation(every.rows) if every else []
+        if held_back and self.step == 0:
+            self._validate(held_back, log)
         with track("train", total=self.config.steps, start=self.step) as advance:
             while self.step < self.config.steps:
                 began = time.monotonic()
@@ -98,8 +100,8 @@ class Trainer:
                     )
                     advance(self.step, f"loss {result.cross_entropy:.3f} · {result.tokens / seconds:,.0f} tok/s")
                 last = self.step == self.config.steps
-                if validation is not None and every is not None and (last or self.step % every.every == 0):
-                    self._validate(validation, every, log)
+                if held_back and every and (last or self.step % every.every == 0):
+                    self._validate(held_back, log)
                 if self.world.is_main and not last and self.step % self.config.checkpoint.every == 0:
                     save_checkpoint(
                         checkpoints, self.step, self.model, self.optimizer, keep=self.config.checkpoint.keep
@@ -158,12 +160,12 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _validate(self, rows: PackedRows, config: ValidationConfig, log: "MetricsLog | None") -> None:
+    def _validate(self, rows: list[PackedRow], log: "MetricsLog | None") -> None:
         """Mean loss per target over the validation rows; every process sees all of them, which keeps them in step."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64)
         targets = 0
-        for batch in batches(rows, size=self.config.micro_batch_size, limit=config.rows):
+        for batch in batches(rows, size=self.config.micro_batch_size):
             with self._autocast():
                 out: Any = forward_with_loss(
                     self.model, **self._arguments(batch), num_items_in_batch=1, measure_divergence=False

@@ -1,6 +1,9 @@
 """Stage 3: packed rows to trained tensors."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,10 @@ def _inputs(
     return {
         "model": model.model_dump(include={"dtype", "attention"}),
         "control": control,
-        "mix": {"seed": mix.seed, "weights": {d.name: d.weight for d in mix.datasets}},
+        "mix": {
+            **mix.model_dump(include={"seed", "temperature", "order"}),
+            "shares": {d.name: [d.weight, d.epochs] for d in mix.datasets},
+        },
         "train": config.model_dump(exclude={"checkpoint", "profile"}),
         "validation": validation,
     }
@@ -72,28 +78,40 @@ def _train(
     config: TrainConfig,
     validation: ValidationConfig | None,
 ) -> None:
-    import shutil
-
     import torch
     from safetensors.torch import save_file
 
-    from controlllm.data.loader import Mix, PackedRows
     from controlllm.train.checkpoint import trained_tensors
     from controlllm.train.model import load_model
     from controlllm.train.native import Trainer
 
     torch.manual_seed(config.seed)
     loaded = load_model(base, model, control)
-    rows = [(PackedRows(shards / f"{d.name}.arrow"), d.weight) for d in mix.datasets]
-    held_back = shards / "validation.arrow"
-    trainer = Trainer(loaded, Mix(rows, seed=mix.seed), config, world=world, folder=folder, control=control)
-    trainer.train(PackedRows(held_back) if held_back.exists() else None, validation)
+    with _data(folder, world, base, shards, mix) as rows:
+        trainer = Trainer(loaded, rows, config, world=world, folder=folder, control=control)
+        trainer.train(validation)
     if world.is_main:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(loaded).items()}
         save_file(tensors, folder / "trained.safetensors")
         (folder / "train.json").write_text(json.dumps(_summary(loaded, folder, config), indent=1))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the finished run needs them no more
     world.barrier()
+
+
+@contextmanager
+def _data(folder: Path, world: World, base: Path, shards: Path, mix: MixConfig) -> Iterator[Any]:
+    """The mix, whose shards the main process has made beside the training when there is only a plan of them yet."""
+    from controlllm.data.loader import Mix
+    from controlllm.data.streaming import is_plan, open_shelves, pack_of, shards_being_made
+
+    growing = folder / "data"
+    with shards_being_made(shards, base, mix, growing=growing) if world.is_main else nullcontext():
+        yield Mix(open_shelves(shards, mix, growing=growing), mix, pack_of(shards))
+    world.barrier()
+    if world.is_main and is_plan(shards):
+        for name in ("stats.json", "quarantine.jsonl"):
+            shutil.move(growing / name, folder / name)
+        shutil.rmtree(growing)
 
 
 def _summary(model: Any, folder: Path, config: TrainConfig) -> dict[str, Any]:

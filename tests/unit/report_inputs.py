@@ -108,7 +108,8 @@ def write_inputs(root: Path) -> dict[str, Path]:
     stats = {
         "rows": 900,
         "packed_rows": 321,
-        "dropped_rows": 3,
+        "filtered_rows": 2,
+        "bad_rows": 1,
         "tokens": 164_352,
         "target_tokens": 50_112,
         "padding": 0.0123,

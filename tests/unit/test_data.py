@@ -1,25 +1,16 @@
-"""Sources, labels, packing, order: what goes in comes out, and nothing leaks between documents."""
-
-import gzip
-import json
+"""Batches and mixes: nothing leaks between documents, and every dataset gets its share."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from packed_rows import Rows, mix_of
 
-from controlllm.config import DatasetConfig
-from controlllm.data.catalog import CATALOG, find_dataset
-from controlllm.data.loader import IGNORED, Mix, PackedRows, collate
-from controlllm.data.pack import best_fit
+from controlllm.config import DatasetConfig, MixConfig
+from controlllm.data.catalog import CATALOG
+from controlllm.data.loader import IGNORED, collate
 from controlllm.data.probes import HELD_OUT_SEED, PROBES
-from controlllm.data.render import render
 from controlllm.data.sources import read_rows
-from controlllm.errors import UserError
 from controlllm.train import attention
-
-ROWS = [{"q": "one", "a": "1"}, {"q": "zwei", "a": "二"}]
 
 
 def packed(*documents):
@@ -28,42 +19,6 @@ def packed(*documents):
         "target": np.ones(sum(map(len, documents)), bool),
         "lengths": np.array([len(d) for d in documents]),
     }
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"])
-def test_files_give_their_rows(tmp_path, name):
-    file = tmp_path / name
-    if name.endswith(".gz"):
-        with gzip.open(file, "wt") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in ROWS)
-    elif name.endswith(".jsonl"):
-        file.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
-    elif name.endswith(".json"):
-        file.write_text(json.dumps(ROWS))
-    elif name.endswith(".csv"):
-        file.write_text("q,a\none,1\nzwei,二\n")
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(ROWS), file)
-    assert list(read_rows(f"file://{file}")) == ROWS
-    assert list(read_rows(str(file), rows=1)) == ROWS[:1]
-
-
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("a.jsonl", b'{"q": 1}\n{"q": \n', "a.jsonl:2: not valid JSON"),
-    ("a.jsonl", b"[1, 2]\n", "a.jsonl:1: a row is an object of fields, found list"),
-    ("a.jsonl", b"\xff\xfe\n", "not UTF-8"),
-    ("a.jsonl", b"", "empty"),
-    ("a.jsonl.gz", b"no gzip", "damaged gzip"),
-    ("a.parquet", b"PAR1nothing", "damaged Parquet"),
-    ("a.xyz", b"x", "format not known"),
-])  # fmt: skip
-def test_bad_files_are_named(tmp_path, name, content, says):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=says):
-        list(read_rows(str(tmp_path / name)))
 
 
 def test_distant_seeds_give_other_puzzles():
@@ -87,53 +42,6 @@ def test_every_probe_has_items(name):
         if probe.kind == "choice":
             assert len(item["choices"]) == 4
             assert 0 <= item["answer"] < 4
-
-
-def test_own_fields():
-    config = DatasetConfig(
-        name="own", source="x.jsonl", format="prompt_completion", fields={"prompt": "q", "completion": "a"}
-    )
-    convert = find_dataset(config).convert
-    assert convert(ROWS[0])[1] == {"role": "assistant", "content": "1"}
-    with pytest.raises(UserError, match="field 'a' is missing or null; the row has: q"):
-        convert({"q": "one"})
-
-
-def test_targets_are_the_answers_and_their_eos(tokenizer):
-    turns = [("user", "hi"), ("assistant", "one"), ("user", "one"), ("assistant", "two")]
-    tokens = render([{"role": r, "content": c} for r, c in turns], tokenizer)
-    learned = tokenizer.decode([i for i, t in zip(tokens.input_ids, tokens.target, strict=True) if t])
-    assert learned == "one<|im_end|>two<|im_end|>"
-
-
-def test_text_is_all_target_and_ends(tokenizer):
-    tokens = render("abc", tokenizer)
-    assert all(tokens.target)
-    assert tokens.input_ids[-1] == tokenizer.eos_token_id
-
-
-@pytest.mark.parametrize(
-    "document", [[{"role": "user", "content": "hi"}], "  ", [{"role": "assistant", "content": ""}]]
-)
-def test_nothing_to_learn_is_refused(tokenizer, document):
-    with pytest.raises(UserError, match="nothing to learn"):
-        render(document, tokenizer)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 80))
-def test_packing_keeps_every_document_once(lengths, capacity):
-    bins = best_fit(lengths, capacity)
-    assert sorted(i for row in bins for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= capacity for row in bins)
-    naive: list[int] = []  # free space per bin, by trying every bin
-    for length in sorted(lengths, reverse=True):
-        fits = [i for i, free in enumerate(naive) if free >= length]
-        if fits:
-            naive[min(fits, key=lambda i: naive[i])] -= length
-        else:
-            naive.append(capacity - length)
-    assert len(bins) == len(naive)
 
 
 def test_first_tokens_are_never_targets_and_positions_restart():
@@ -170,13 +78,8 @@ def run(model, batch):
     return model(**arguments, use_cache=False).logits.detach()
 
 
-class Rows(list):
-    """Rows that say which they are."""
-
-
 def test_order_is_the_same_for_any_number_of_processes():
-    rows = Rows(packed(np.array([i, i])) for i in range(13))
-    mix = Mix([(rows, 1.0)], seed=3)
+    mix = mix_of(Rows(packed(np.array([i, i])) for i in range(13)), seed=3)
 
     def seen(world, steps=6):
         first = {}
@@ -191,13 +94,36 @@ def test_order_is_the_same_for_any_number_of_processes():
     assert seen(1)[:11] != seen(1)[13:24]  # the next epoch has another order
 
 
-def test_weights_repeat_rows():
-    a, b = Rows(packed(np.array([0])) for _ in range(4)), Rows(packed(np.array([1])) for _ in range(4))
-    mix = Mix([(a, 1.0), (b, 2.5)], seed=0)
-    first = [int(mix.row(i)["input_ids"][0]) for i in range(mix.epoch_rows)]
-    assert (first.count(0), first.count(1)) == (4, 10)
+def ones_and_twos(tokens=1):
+    """Four rows of ones, and four of twos that are so many tokens long."""
+    return Rows([packed(np.array([1] * 2))] * 4, "a"), Rows([packed(np.array([2] * 2 * tokens))] * 4, "b")
 
 
-def test_missing_packed_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such packed file"):
-        PackedRows(tmp_path / "none.arrow")
+def share(mix, count, dataset=2):
+    return sum(int(mix.row(i)["input_ids"][0]) == dataset for i in range(count))
+
+
+def test_epochs_repeat_rows():
+    datasets = [DatasetConfig(name="a"), DatasetConfig(name="b", epochs=2.5)]
+    assert share(mix_of(*ones_and_twos(), datasets=datasets), 14) == 10
+
+
+def test_weights_are_shares_of_tokens():
+    datasets = [DatasetConfig(name="a", weight=1), DatasetConfig(name="b", weight=3)]
+    assert share(mix_of(*ones_and_twos(), datasets=datasets), 40) == 30
+    assert share(mix_of(*ones_and_twos(tokens=3), datasets=datasets), 40) == 20
+
+
+def test_a_temperature_gives_the_small_more():
+    small, large = Rows([packed(np.array([2, 2]))] * 4, "b"), Rows([packed(np.array([1, 1]))] * 36, "a")
+    assert share(mix_of(large, small), 40) == 4
+    assert share(mix_of(large, small, temperature=2), 40) == 10  # 2 : 6
+
+
+@pytest.mark.parametrize(("datasets", "says"), [
+    ([{"name": "a", "weight": 1.0}, {"name": "b"}], "a has a weight and b has none"),
+    ([{"name": "a", "weight": 1.0, "epochs": 2.0}], "leave epochs and temperature out"),
+])  # fmt: skip
+def test_shares_are_said_in_one_way(datasets, says):
+    with pytest.raises(ValueError, match=says):
+        MixConfig.model_validate({"datasets": datasets})

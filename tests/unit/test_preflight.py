@@ -93,7 +93,7 @@ def test_unbuilt_value_is_named(model: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pack__strategy": "none"},
+        {"pack__strategy": "pad"},
         {"train__activation_checkpointing": True},
         {"model__attention": "eager"},
         {"model__attention": "flash_attention_2"},
@@ -309,7 +309,7 @@ def test_disk_too_small_for_the_model(model: Path) -> None:
         ("empty.jsonl", "the file is empty"),
         ("model", "is a directory"),
         ("pkg://no_such_package/x.jsonl", "'no_such_package' is not installed"),
-        ("hdfs://host/x.jsonl", "this kind of source is not known"),
+        ("ftp://host/x.jsonl", "ftp"),
     ],
 )
 def test_wrong_source(source: str, says: str, model: Path, here: Path) -> None:

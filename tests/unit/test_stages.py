@@ -12,10 +12,12 @@ from controlllm import pipeline
 from controlllm.config import load_config
 from controlllm.data.catalog import CATALOG
 from controlllm.data.probes import HELD_OUT_SEED
+from controlllm.data.shelf import Shelf
 from controlllm.data.sources import read_rows
 from controlllm.errors import UserError
 from controlllm.store import read_lineage
 
+KINDS = ("train", "validation")
 pytestmark = pytest.mark.usefixtures("store")
 
 
@@ -28,33 +30,70 @@ def only(store: Path, stage: str) -> Path:
     return folder
 
 
+def questions(store: Path, dataset: str) -> set[str]:
+    """The first words of what a prepared dataset asks, out of its tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(only(store, "ingest-model"))
+    shelf = Shelf.open(only(store, "prepare") / dataset)
+    rows = [shelf.read(u, r, k) for u in range(shelf.units) for k in KINDS for r in range(shelf.rows_of(u, k))]
+    found = {text for row in rows for text in tokenizer.decode(row["input_ids"]).split("<|im_start|>user\n")[1:]}
+    return {text.split("<|im_end|>")[0] for text in found}
+
+
 def test_nothing_measured_is_trained_on(recipe, store):
-    pipeline.run(load_config(recipe), until="ingest")
-    data = only(store, "ingest-data")
-    trained = {row["messages"][0]["content"] for row in lines(data / "train" / "puzzles.jsonl")}
-    held_out = lines(data / "probes" / "puzzles.jsonl")
+    pipeline.run(load_config(recipe, "pack.context_length=1024"), until="prepare")
+    trained = questions(store, "puzzles")
+    held_out = lines(only(store, "ingest-data") / "probes" / "puzzles.jsonl")
     assert len(trained) > 30
     assert len(held_out) == 12
     assert not trained & {item["messages"][0]["content"] for item in held_out}
 
 
-def test_held_out_questions_are_left_out_of_any_data(recipe, store, tmp_path):
+@pytest.mark.parametrize("mode", ["exact", "ngram"])
+def test_held_out_questions_are_left_out_of_any_data(recipe, store, tmp_path, mode):
     measured = list(read_rows(CATALOG["puzzles"].source, rows=12, seed=HELD_OUT_SEED))
     other = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured + other))
     fields = "{prompt: question, completion: answer}"
     own = f"{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion, fields: {fields}}}"
-    pipeline.run(load_config(recipe, f"mix.datasets=[{own}]"), until="ingest")
-    trained = lines(only(store, "ingest-data") / "train" / "own.jsonl")
-    assert [row["messages"][0]["content"] for row in trained] == [row["question"] for row in other]
+    changes = (f"mix.datasets=[{own}]", f"mix.decontaminate={mode}", "pack.validation_fraction=0", "validation=null")
+    pipeline.run(load_config(recipe, *changes), until="prepare")
+    assert questions(store, "own") == {row["question"] for row in other}
+    assert stats(store)["datasets"]["own"]["filtered"] == {"measured": len(measured)}
+
+
+def stats(store: Path) -> dict:
+    return json.loads((only(store, "prepare") / "stats.json").read_text())
 
 
 def test_rows_in_are_rows_out(recipe, store):
     pipeline.run(load_config(recipe, "pack.context_length=160"), until="prepare")
-    stats = json.loads((only(store, "prepare") / "stats.json").read_text())
-    trained = len(lines(only(store, "ingest-data") / "train" / "puzzles.jsonl"))
-    assert stats["rows"] == trained == stats["documents"] + stats["validation_documents"] + stats["dropped_rows"]
-    assert stats["dropped_rows"] > 0
+    made = stats(store)
+    assert made["rows"] == 40 == made["documents"] + made["validation_documents"] + made["filtered_rows"]
+    assert made["datasets"]["puzzles"]["filtered"]["overlong"] > 0
+
+
+def test_streaming_trains_on_the_same_rows_in_the_same_order(recipe, store):
+    changes = ("mix.datasets.0.weight=1", "pack.unit_rows=16")
+    pipeline.run(load_config(recipe, *changes), until="train")
+    shards = sorted(f.name for f in (store / "shards").iterdir())
+    before = {f for f in (store / "train").iterdir() if f.is_dir()}
+    pipeline.run(load_config(recipe, *changes, "pack.streaming=true"), until="train")
+    (streamed,) = {f for f in (store / "train").iterdir() if f.is_dir()} - before
+    (waited,) = before
+    assert sorted(f.name for f in (store / "shards").iterdir()) == shards
+    assert (waited / "trained.safetensors").read_bytes() == (streamed / "trained.safetensors").read_bytes()
+    losses = [[row.get("loss") for row in lines(folder / "metrics.jsonl")] for folder in (waited, streamed)]
+    assert losses[0] == losses[1]
+    assert json.loads((streamed / "stats.json").read_text())["rows"] == 40
+
+
+def test_streaming_makes_the_shards_itself_and_says_what_goes_wrong(recipe, store, tmp_path):
+    pipeline.run(load_config(recipe, "pack.streaming=true", "mix.datasets.0.weight=1"), until="train")
+    assert list((store / "shards").glob("*.arrow"))
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    own = f"mix.datasets=[{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion}}]"
+    with pytest.raises(UserError, match=r"own\.jsonl:2: field 'completion'"):
+        pipeline.run(load_config(recipe, own, "pack.streaming=true"), until="train")
 
 
 def test_consolidated_is_trained(recipe, store):
@@ -127,8 +166,8 @@ def test_scores_are_what_the_model_gives(recipe, store):
 def test_own_file_with_a_bad_row_is_named(recipe, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     own = f"mix.datasets=[{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion}}]"
-    with pytest.raises(UserError, match=r"own\.jsonl row 2: field 'completion' is missing or null"):
-        pipeline.run(load_config(recipe, own), until="ingest")
+    with pytest.raises(UserError, match=r"own\.jsonl:2: field 'completion'.*1 of 2 rows cannot be used"):
+        pipeline.run(load_config(recipe, own), until="prepare")
 
 
 def test_every_recipe_loads():

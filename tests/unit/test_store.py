@@ -31,7 +31,7 @@ def test_same_inputs_are_found():
 
 
 @pytest.mark.parametrize(
-    "change", [{"context_length": 9}, {"overlong": "drop"}, {"validation_fraction": 0.5}, {"strategy": "none"}]
+    "change", [{"context_length": 9}, {"overlong": "drop"}, {"validation_fraction": 0.5}, {"strategy": "pad"}]
 )
 def test_a_changed_setting_makes_anew_and_says_why(change, capsys):
     make()

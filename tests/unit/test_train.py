@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from packed_rows import Rows, mix_of
 
 from controlllm.config import ControlConfig, ModelConfig, ScheduleConfig, TrainConfig
 from controlllm.control.interpolation import STRATEGIES
-from controlllm.data.loader import Mix
 from controlllm.errors import UserError
 from controlllm.train.checkpoint import checkpoints, load_trained, newest_checkpoint, trained_tensors
 from controlllm.train.distributed import World
@@ -19,18 +19,14 @@ from controlllm.train.optim import learning_rate
 STEPS = 6
 
 
-class Rows(list):
-    pass
-
-
 def rows():
     rng = np.random.default_rng(0)
-    made = Rows()
+    made = []
     for _ in range(10):
         lengths = rng.integers(3, 20, size=3)
         ids = rng.integers(2, 258, size=lengths.sum())
         made.append({"input_ids": ids, "target": rng.random(len(ids)) < 0.6, "lengths": lengths})
-    return made
+    return Rows(made)
 
 
 def trainer(base, folder, *, control=True, method=None, dtype="float32", **changes):
@@ -40,7 +36,7 @@ def trainer(base, folder, *, control=True, method=None, dtype="float32", **chang
     twins = ControlConfig.model_validate({"num_expanded": 2} | (method or {})) if control else None
     model = load_model(base, ModelConfig(name=str(base), dtype=dtype), twins)
     folder.mkdir(exist_ok=True)
-    return Trainer(model, Mix([(rows(), 1.0)], seed=0), config, world=World(), folder=folder)
+    return Trainer(model, mix_of(rows()), config, world=World(), folder=folder)
 
 
 def weights(trainer):
@@ -77,7 +73,7 @@ def _step(run):
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
 def test_resumed_is_uninterrupted(tiny_base, tmp_path, killed_after):
     whole = trainer(tiny_base, tmp_path / "whole", micro_batch_size=2)
-    whole.train(None, None)
+    whole.train()
 
     class Killed(Exception):
         pass
@@ -92,9 +88,9 @@ def test_resumed_is_uninterrupted(tiny_base, tmp_path, killed_after):
 
     part.train_step = step
     with pytest.raises(Killed):
-        part.train(None, None)
+        part.train()
     again = trainer(tiny_base, tmp_path / "part", micro_batch_size=2)
-    again.train(None, None)
+    again.train()
     assert equal(weights(again), weights(whole))
     assert _log(tmp_path / "part") == _log(tmp_path / "whole")
 
@@ -124,14 +120,14 @@ def test_checkpointed_activations_change_nothing(tiny_base, tmp_path):
 def test_frozen_tensors_stay(tiny_base, tmp_path):
     run = trainer(tiny_base, tmp_path)
     frozen = {n: p.clone() for n, p in run.model.named_parameters() if not p.requires_grad}
-    run.train(None, None)
+    run.train()
     assert frozen
     assert all(torch.equal(p, frozen[n]) for n, p in run.model.named_parameters() if n in frozen)
 
 
 def test_only_the_newest_are_kept_and_damage_is_passed_over(tiny_base, tmp_path, capsys):
     run = trainer(tiny_base, tmp_path, steps=9, checkpoint={"every": 2, "keep": 2})
-    run.train(None, None)
+    run.train()
     kept = checkpoints(tmp_path / "checkpoints")
     assert [f.name for f in kept] == ["step-00000006", "step-00000008"]
     file = kept[-1] / "model.safetensors"

@@ -81,7 +81,7 @@ WRONG_RECIPES: dict[str, tuple[str, str, int, str]] = {
     "sites miscounted": ("  num_expanded: 2", "  num_expanded: 3\n  sites: [1, 2]", 6, "num_expanded is 3 ... 2 layers"),
     "no dataset": ("  datasets:\n    - name: puzzles\n      rows: 50", "  datasets: []", 10, "mix.datasets ... a list that is not empty"),
     "dataset twice": ("      rows: 50", "    - name: puzzles", 10, "mix.datasets names puzzles more than once"),
-    "source without format": ("      rows: 50", "      source: a.jsonl", 12, "source and format go together"),
+    "source without format": ("      rows: 50", "      source: a.jsonl", 12, "mix.datasets.0.source: a.jsonl: no such file"),
     "probe on both sides": ("  old: [prose]", "  old: [puzzles]", 18, "benchmark.old names puzzles, which is in new"),
     "duplicate key": ("  lr: 1e-4", "  lr: 1e-4\n  steps: 5", 16, "'train.steps' is given twice (first on line 14)"),
     "YAML tag": ("  steps: 4", "  steps: !!python/object/apply:os.system [id]", 14, "tag !!python/object/apply:os.system is not"),
