@@ -1,7 +1,7 @@
 """Commands about data: preview, datasets, steps, and what lies in the cache."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,8 @@ def preview(
 ) -> None:
     """Show the first packed rows as the model will see them: what is learned, what is context, where documents end.
 
-    Makes only the first shard of each dataset, which the run finds again.
+    Learned text is green; without colours, as in a file or a pipe, it stands in ⟦ ⟧. Makes only the first shard of each
+    dataset, which the run finds again.
 
     Example: `controlllm preview workflows/recipes/demo.yaml -n 1`
 
@@ -44,15 +45,18 @@ def preview(
     from controlllm.preview import print_preview, write_preview
 
     config = load_config(recipe, *(overrides or []))
-    check(config, recipe=recipe, overrides=overrides or [])
-    if html and not Path(html).absolute().parent.is_dir():
-        raise UserError(f"--html: {Path(html).parent} is not a folder; make it first")
-    shown, facts = make(config, rows=rows)
+    check(config, recipe=recipe, overrides=overrides or [], serving=False)
+    if html and (Path(html).is_dir() or not Path(html).absolute().parent.is_dir()):
+        wrong = (
+            "is a folder; name a file" if Path(html).is_dir() else f"{Path(html).parent} is no folder; make it first"
+        )
+        raise UserError(f"--html {html}: {wrong}")
+    made = make(config, rows=rows)
     if html:
-        write_preview(shown, facts, Path(html), name=config.name)
+        write_preview(made, Path(html), name=config.name)
         print(html)
     else:
-        print_preview(shown, facts)
+        print_preview(made)
 
 
 def datasets() -> None:
@@ -67,8 +71,8 @@ def datasets() -> None:
     rows = []
     for entry in listing():
         size = " · ".join(part for part in (f"{entry.rows:,} rows" if entry.rows else "", entry.size or "") if part)
-        rows.append((entry.name, f"{' '.join(entry.description.split())}\n{entry.source}\n{size or 'any number of rows'}"
-                                 f" · licence: {entry.license}"))  # fmt: skip
+        about = f"{size or 'any number of rows'} · licence: {entry.license}"
+        rows.append((entry.name, f"{' '.join(entry.description.split())}\n{entry.source}\n{about}"))
     _table(rows)
 
 
@@ -89,9 +93,9 @@ def steps() -> None:
 
 @cache_app.command("ls")
 def ls(
-    json: Annotated[bool, typer.Option("--json", help="A JSON object per line.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object per line, each shard by itself.")] = False,
 ) -> None:
-    """List stage outputs and shards, newest first.
+    """List stage outputs and shards, newest first; shards of one folder's files stand in one line.
 
     Example: `controlllm cache ls`
 
@@ -104,7 +108,7 @@ def ls(
         for entry in found:
             print(to_json(entry))
         return
-    _table([(f"{e.kind} {e.key}", f"{_size(e.bytes)} · {e.what}{'' if e.used else ' · unused'}") for e in found])
+    _print_entries(found)
     print(f"{len(found)} entries, {_size(sum(e.bytes for e in found))}")
 
 
@@ -120,8 +124,8 @@ def explain(
 
     Next: `controlllm finetune workflows/recipes/demo.yaml pack.context_length=512`
     """
-    from controlllm.cache import explain as lines
     from controlllm.config import load_config
+    from controlllm.explain import explain as lines
     from controlllm.pipeline import STAGES
 
     if stage not in STAGES:
@@ -141,12 +145,14 @@ def verify() -> None:
     from controlllm.cache import entries
     from controlllm.cache import verify as damaged
 
-    found = [text for _, text in damaged()]
-    for text in found:
-        print(text)
-    if found:
-        raise UserError(f"{len(found)} files of the cache are damaged or missing")
-    print(f"ok: {len(entries())} entries are what was written")
+    found = entries()
+    count = 0
+    for line in damaged(found):
+        count += 1
+        print(line)
+    if count:
+        raise UserError(f"{count} files of the cache are damaged or missing")
+    print(f"ok: {len(found)} entries are what was written")
 
 
 @cache_app.command("prune")
@@ -154,7 +160,7 @@ def prune(
     older_than: Annotated[str, typer.Option("--older-than", metavar="30d|12h", help="Age from which on.")] = "30d",
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it they are only listed.")] = False,
 ) -> None:
-    """Free room: outputs and shards that no run's folder and no prepared dataset uses.
+    """Free room: outputs and shards that no run's folder and no prepared dataset uses, and what killed runs left over.
 
     Example: `controlllm cache prune --older-than 7d`
 
@@ -164,9 +170,20 @@ def prune(
     from controlllm.cache import prune as old
 
     found = old(older_than_days=parse_days(older_than), remove=yes)
-    _table([(f"{e.kind} {e.key}", f"{_size(e.bytes)} · {e.what}") for e in found])
+    _print_entries(found)
     done = "removed" if yes else "would be removed; run again with --yes"
     print(f"{len(found)} entries, {_size(sum(e.bytes for e in found))}: {done}")
+
+
+def _print_entries(found: list[Any]) -> None:
+    from controlllm.cache import grouped, told
+
+    rows = []
+    for group in grouped(found):
+        name, what = told(group)
+        unused = "" if group[0].used else " · unused"
+        rows.append((name, f"{_size(sum(e.bytes for e in group))} · {what}{unused}"))
+    _table(rows)
 
 
 def _size(count: int) -> str:

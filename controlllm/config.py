@@ -186,7 +186,7 @@ class PackConfig(Config):
     max_bad_rows: Annotated[Number, Field(ge=0, le=1)] = 0.001
     """Share of a dataset's rows that may be unreadable or without a target (and are set aside) before the run stops."""
     unit_rows: Positive = 65536
-    """Rows that are packed together into one shard; the first shards are smaller, so that training can start."""
+    """Rows that are packed together into one shard; the first shard has a quarter, so that training can start."""
     streaming: bool = False
     """Train on the first shard while the others are made: same order, same shards, no wait."""
 

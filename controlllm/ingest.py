@@ -27,11 +27,33 @@ def ingest_model(model: ModelConfig) -> Output:
         from controlllm.base_model import save_base
 
         save_base(model, folder)
+        _check_tokenizer(folder, model.name)
 
     from controlllm.base_model import source_stamp
 
     config = model.model_dump(include={"name", "revision"}) | {"source": source_stamp(model)}
     return run_stage("ingest model", config={"model": config}, parents={}, build=build)
+
+
+def _check_tokenizer(folder: Path, name: str) -> None:
+    """It loads, without code of its own, and gives no id that the model has no embedding for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - the library raises anything, Exception itself too
+        said = (str(error).splitlines() or [""])[0].replace(str(folder), name)
+        raise UserError(
+            f"model.name: the tokenizer of '{name}' cannot be loaded: {type(error).__name__}: {said}"
+        ) from error
+    config = json.loads((folder / "config.json").read_text())
+    size = (config.get("text_config") or config).get("vocab_size")
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if size is not None and highest >= size:
+        raise UserError(
+            f"model.name: the tokenizer of '{name}' has the token {token!r} with id {highest}, the model only "
+            f"{size} embeddings; remove such tokens or call the model's resize_token_embeddings"
+        )
 
 
 def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, pack: PackConfig) -> Output:
@@ -48,7 +70,7 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
 
         from controlllm.data.held_out import HeldOut
 
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         measured: list[dict[str, Any]] = []
         for name in (*benchmark.new, *benchmark.old):
             items = _probe_items(PROBES[name], base, tokenizer, benchmark)
@@ -106,7 +128,7 @@ def _add_greedy_answers(items: list[dict[str, Any]], base: Path, tokenizer: Any,
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
     tokenizer.padding_side = "left"
     with track("base answers", total=len(items)) as advance:
         for start in range(0, len(items), batch):

@@ -32,7 +32,7 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 TOGETHER = 8
 """Units of one row group that a process makes in one pass over it."""
-SAMPLE = 2000
+SAMPLE = 1000
 """Documents on which the fast ways of rendering and tokenising are proven."""
 
 

@@ -33,20 +33,7 @@ def claimed(file: Path) -> Iterator[bool]:
             file.unlink()
 
 
-def _take(file: Path) -> bool:
-    with suppress(FileNotFoundError):
-        if _abandoned(file):
-            file.unlink()
-    try:
-        handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    with os.fdopen(handle, "w") as stream:
-        stream.write(f"{socket.gethostname()} {os.getpid()}")
-    return True
-
-
-def _abandoned(file: Path) -> bool:
+def is_abandoned(file: Path) -> bool:
     """Too old, or of a process of this machine that has ended."""
     if time.time() - file.stat().st_mtime > YOUNG_SECONDS:
         return True
@@ -60,6 +47,23 @@ def _abandoned(file: Path) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _take(file: Path) -> bool:
+    with suppress(FileNotFoundError):
+        if is_abandoned(file):
+            file.unlink()
+    try:
+        handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(f"{socket.gethostname()} {os.getpid()}")
+    except OSError:  # a full disk: a claim of nobody would be waited for
+        file.unlink()
+        raise
+    return True
 
 
 def _keep(file: Path, done: threading.Event) -> None:

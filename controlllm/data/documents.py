@@ -13,9 +13,10 @@ from controlllm.data.forms import form_names
 from controlllm.data.messages import RowError, checked, kind, missing
 from controlllm.data.steps import Step
 from controlllm.data.types import BadRow, Document, Documents, Row, RowBatch
+from controlllm.errors import UserError
 
-# What a dataset's function raises over a row that is not as it expects; anything else is no matter of one row.
-WRONG_ROW = (LookupError, TypeError, ValueError, AttributeError)
+# What a function of the user's may raise whatever the row is; anything else is taken as said of the row.
+NOT_OF_A_ROW = (OSError, MemoryError, ImportError)
 
 
 class Read(NamedTuple):
@@ -118,6 +119,8 @@ def _from_rows(dataset: Dataset, rows: Iterable[Row | RowError], batch: RowBatch
         except RowError as error:
             bad.append(BadRow(batch.file, number, error.field, error.reason))
             continue
+        except NOT_OF_A_ROW as error:
+            raise UserError(f"dataset '{dataset.name}': {batch.file}:{number}: {_said(error)}") from error
         if document is None:
             dropped += 1
         else:
@@ -138,9 +141,9 @@ def _converted(convert: Callable[[Row], Any], row: Row | RowError) -> Document |
     row = _whole_row(row)
     try:
         value = convert(row)
-    except RowError:
+    except (RowError, *NOT_OF_A_ROW):
         raise
-    except WRONG_ROW as error:
+    except Exception as error:  # noqa: BLE001 - functions of other people raise anything over a row
         raise _why(convert, row, error) from error
     return None if value is None else checked(value)
 
@@ -150,9 +153,9 @@ def _why(convert: Callable[[Row], Any], row: Row, error: Exception) -> RowError:
     if isinstance(error, KeyError) and error.args and error.args[0] not in row:
         return missing(row, str(error.args[0]))
     watched = _Watched(row)
-    with suppress(*WRONG_ROW):  # the same error again; what counts is what was read before it
+    with suppress(Exception):  # the same error again; what counts is what was read before it
         convert(watched)
-    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, ValueError) else _said(error)
     if watched.last is None:
         return RowError(None, reason)
     value = row.get(watched.last)
@@ -187,10 +190,12 @@ def _run(steps: Sequence[Step], read: Read, batch: RowBatch) -> Read:
                     filtered[step.name] += 1
                     break
             else:
-                made.append(checked(document))
+                made.append(_left(steps, document))
                 numbers.append(number)
         except RowError as error:
             bad.append(BadRow(batch.file, number, error.field, error.reason))
+        except NOT_OF_A_ROW as error:
+            raise UserError(f"{batch.file}:{number}: step {step.name}: {_said(error)}") from error
     bad.sort(key=lambda row: row.row)
     return Read(Documents.of(made, np.asarray(numbers, np.int64)), bad, dict(filtered))
 
@@ -198,5 +203,19 @@ def _run(steps: Sequence[Step], read: Read, batch: RowBatch) -> Read:
 def _stepped(step: Step, document: Document) -> Document | None:
     try:
         return step.apply(document)
-    except WRONG_ROW as error:
-        raise RowError(None, f"step {step.name}: {type(error).__name__}: {error}") from error
+    except NOT_OF_A_ROW:
+        raise
+    except Exception as error:  # noqa: BLE001 - functions of other people raise anything over a row
+        raise RowError(None, f"step {step.name}: {_said(error)}") from error
+
+
+def _left(steps: Sequence[Step], document: Any) -> Document:
+    """What is left after the steps, checked like a row."""
+    try:
+        return checked(document)
+    except RowError as error:
+        raise RowError(error.field, f"{error.reason} (after {', '.join(step.name for step in steps)})") from None
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

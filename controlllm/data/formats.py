@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from controlllm.data.lines import Collector, decode_fault, parse_lines, split_lines
+from controlllm.data.lines import Collector, decode_fault, nul_fault, parse_lines, split_lines
 from controlllm.data.location import shown
 from controlllm.data.separated import read_csv
 from controlllm.data.types import Row, RowBatch
@@ -23,6 +23,11 @@ _SIGNS = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"PAR1": "parquet", b"ARROW1": "arrow",
     b"Obj\x01": "avro", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
+_FOREIGN = {
+    **{bytes([0x80, protocol]): "a pickle, which could run code when it is read" for protocol in (2, 3, 4, 5)},
+    b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF", b"<!doctype": "an HTML page", b"<html": "an HTML page",
+}  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def format_of(name: str) -> str:
@@ -45,6 +50,7 @@ def check_signature(start: bytes, format: str, name: str) -> None:
     if not start:
         raise UserError(f"{name}: the file is empty")
     kind, _, compression = format.partition(".")
+    _refuse_foreign(start, kind, name)
     found = next((what for sign, what in _SIGNS.items() if start.startswith(sign)), None)
     if compression and found != COMPRESSIONS[compression]:
         raise UserError(f"{name}: damaged {COMPRESSIONS[compression]} file, or none: it does not begin like one")
@@ -59,6 +65,18 @@ def check_signature(start: bytes, format: str, name: str) -> None:
         ending = next(ending for ending, what in COMPRESSIONS.items() if what == found)
         raise UserError(f"{name}: is {found}-compressed: name it .{kind}.{ending}")
     raise UserError(f"{name}: is {found} and not {kind}: name it .{found}")
+
+
+def _refuse_foreign(start: bytes, kind: str, name: str) -> None:
+    if start.startswith(_LFS_POINTER):
+        raise UserError(f"{name}: is a pointer of Git LFS and not the file itself; get it with git lfs pull")
+    if kind == "txt" and start.lower().startswith(b"<"):  # a page is text, too
+        return
+    found = next((what for sign, what in _FOREIGN.items() if start[:16].lower().startswith(sign.lower())), None)
+    if found:
+        raise UserError(f"{name}: is {found}, and not {kind}")
+    if kind == "jsonl" and start.lstrip().partition(b"\n")[0].strip() in (b"[", b"{"):
+        raise UserError(f"{name}: is one JSON document over several lines: name it .json")
 
 
 def read_file(file: BinaryIO, format: str, *, name: str, batch_rows: int) -> Iterator[RowBatch]:
@@ -175,7 +193,7 @@ def _numbered(name: str, first: int, rows: list[Row]) -> RowBatch:
 def _txt(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
     content = stream.read().removeprefix(b"\xef\xbb\xbf")
     collector = Collector(name)
-    if fault := decode_fault(content):
+    if fault := decode_fault(content) or nul_fault(content):
         collector.refuse(1, fault, field="text")
     else:
         collector.add(1, {"text": content.decode()})

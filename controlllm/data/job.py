@@ -15,11 +15,12 @@ from controlllm.data.documents import documents as read_documents
 from controlllm.data.documents import take
 from controlllm.data.held_out import HeldOut
 from controlllm.data.keys import content_keys, in_share, prompt_keys
-from controlllm.data.manifest import unit_hash
+from controlllm.data.manifest import read_unit, unit_hash
 from controlllm.data.pack import Bins, Pieces, best_fit, best_fit_stream, cut, gather, one_each, wrap
 from controlllm.data.render import Renderer
 from controlllm.data.shard import Facts, ShardWriter, file_name, id_type
 from controlllm.data.steps import build_steps, step_fingerprint
+from controlllm.data.tighten import tighten
 from controlllm.data.types import BadRow, Documents, RowBatch, Stamp, TokenBatch, Unit
 from controlllm.errors import UserError
 from controlllm.fingerprint import PACKAGE, content_of, source_hash
@@ -28,7 +29,7 @@ KEPT_BAD_ROWS = 1000
 """Bad rows of a unit that are told one by one; beyond it they are only counted."""
 CODE = (
     *("columns", "content_use", "decontaminate", "documents", "formats", "forms", "job", "keys", "lines", "messages"),
-    *("pack", "parquet", "plan", "render", "separated", "shard", "template", "tokenize", "types", "units", "writer"),
+    *("pack", "parquet", "plan", "render", "separated", "shard", "template", "tighten", "tokenize", "types", "units", "writer"),
     "written",
 )
 # What of the pack section changes no token of a shard.
@@ -98,9 +99,12 @@ class Job:
 
     def build(self, number: int, unit: Unit, batches: Iterable[RowBatch], folder: Path, key: str) -> Facts:
         """Write the unit's files into a folder; returns what its index says."""
+        noted = len(self.renderer.notes)
         made = _Shard(self, folder, key)
         for batch in batches:
             made.add(batch, self.duplicates.get(number))
+        if len(self.renderer.notes) > noted:  # a row showed that earlier ones may be wrong: all again, the exact way
+            return self.build(number, unit, read_unit(unit, stamp=self.stamps[unit.uri]), folder, key)
         return {"key": key, "unit": asdict(unit), "inputs": self.unit_inputs(number, unit), **made.close()}
 
 
@@ -140,7 +144,7 @@ class _Shard:
         tokens.ids = tokens.ids.astype(self.dtype)
         self.parts.append((tokens, documents.numbers[tokens.index], held_back[tokens.index]))
         self.waiting += len(tokens)
-        if self.waiting >= self.job.pack.unit_rows:
+        if self.waiting >= 1.5 * self.job.pack.unit_rows:  # a unit is up to half as large again; a whole file may be any
             self._flush()
 
     def _set_aside(self, bad: Iterable[BadRow]) -> None:
@@ -194,12 +198,14 @@ class _Shard:
             return wrapped
         made = self._cut(lengths, rows)
         self.cuts.update(split=made.split, truncated=made.truncated, lost_tokens=made.lost_tokens)
-        pieces = _with_targets(made.pieces, target, starts)
+        pieces = _with_targets(made.pieces, target, starts, lengths)
         self.filtered["overlong"] += len(lengths) - len(np.unique(pieces.document))
         if pack.strategy == "pad":
             return pieces, one_each(pieces.length)
-        fit = best_fit if pack.strategy == "best_fit" else best_fit_stream
-        return pieces, fit(pieces.length, pack.context_length)
+        if pack.strategy == "best_fit_stream":
+            return pieces, best_fit_stream(pieces.length, pack.context_length)
+        fit = best_fit(pieces.length, pack.context_length)
+        return pieces, tighten(pieces.length, fit, pack.context_length)
 
     def _cut(self, lengths: np.ndarray, rows: np.ndarray) -> Any:
         try:
@@ -226,13 +232,12 @@ class _Shard:
         }
 
 
-def _with_targets(pieces: Pieces, target: np.ndarray, starts: np.ndarray) -> Pieces:
+def _with_targets(pieces: Pieces, target: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Pieces:
     """A piece of a split conversation may hold the question alone: there is nothing to learn from it."""
-    if target.all():
-        return pieces
-    before = np.concatenate([[0], np.cumsum(target)])
-    begin = starts[pieces.document] + pieces.start
-    some = before[begin + pieces.length] > before[begin]
+    some = np.ones(len(pieces), bool)
+    for i in np.flatnonzero(pieces.length < lengths[pieces.document]).tolist():
+        begin = starts[pieces.document[i]] + pieces.start[i]
+        some[i] = target[begin : begin + pieces.length[i]].any()
     return pieces if some.all() else Pieces(pieces.document[some], pieces.start[some], pieces.length[some])
 
 

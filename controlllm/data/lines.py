@@ -86,6 +86,12 @@ def decode_fault(content: bytes) -> str | None:
     return None
 
 
+def nul_fault(content: bytes) -> str | None:
+    """Where a NUL byte stands: a hole in a file, or another encoding; None if there is none."""
+    at = content.find(b"\0")
+    return f"NUL byte at column {at + 1}" if at >= 0 else None
+
+
 def decoded(text: str) -> bool:
     """Whether text that was read with surrogateescape had nothing to escape."""
     try:
@@ -98,6 +104,6 @@ def decoded(text: str) -> bool:
 def _reason(line: bytes, error: orjson.JSONDecodeError) -> str:
     if fault := decode_fault(line):
         return fault
-    if b"\0" in line:
-        return f"not valid JSON: NUL byte at column {line.index(0) + 1}"
+    if fault := nul_fault(line):
+        return f"not valid JSON: {fault}"
     return f"not valid JSON: {error.msg.partition(': line')[0]} at column {error.colno}"

@@ -17,6 +17,11 @@ REMOTE = ("hdfs", "webhdfs", "s3", "gs")
 KNOWN = f"hf://, {', '.join(kind + '://' for kind in REMOTE)}, file://, pkg://, {GYM}, a path"
 MANIFEST_NAME = "controlllm-manifest.json"
 _MAGIC = re.compile(r"[*?\[]")
+_PASSWORD = re.compile(r"(hdfs|webhdfs|s3|gs)://[^/@\s]*:[^/\s]*@")
+_SECRETS = {
+    "s3": "put the keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "webhdfs": "put it into WEBHDFS_PASSWORD",
+}
 
 
 def kind_of(uri: str) -> str:
@@ -26,6 +31,10 @@ def kind_of(uri: str) -> str:
         return "file"
     if kind not in (*REMOTE, "hf", "file", "pkg", GYM.removesuffix("://")):
         raise UserError(f"{shown(uri)}: this kind of source is not known; known: {KNOWN}")
+    if _PASSWORD.match(uri):
+        raise UserError(
+            f"{shown(uri)}: a password in an address ends in logs; {_SECRETS.get(kind, 'leave it out of the address')}"
+        )
     return kind
 
 
@@ -35,7 +44,7 @@ def is_remote(uri: str) -> bool:
 
 def shown(text: str) -> str:
     """Without what must not stand in a log: user and password, and the query of a URL."""
-    text = re.sub(r"\b(https?|hdfs|webhdfs|s3|gs)://[^/\s]*@", r"\1://", text)
+    text = re.sub(r"\b(?!hf:|pkg:)(\w+)://[^/\s]*@", r"\1://", text)
     return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 

@@ -72,7 +72,7 @@ class Manifest:
 
 
 def list_source(source: str, *, unit_rows: int, rows: int | None = None, seed: int = 0) -> Manifest:
-    """The units of a source, in order of the files' names: the first two are a quarter and a half of `unit_rows` rows.
+    """The units of a source, in order of the files' names: the first is a quarter of `unit_rows` rows, to be there soon.
 
     `rows` takes only so many from the beginning, bad rows among them. `seed` is for procedural sources. A piece at a
     file's end that has less than half the rows that were wanted belongs to the one before it.
@@ -84,7 +84,7 @@ def list_source(source: str, *, unit_rows: int, rows: int | None = None, seed: i
     with ThreadPoolExecutor(THREADS) as threads:
         found = list(threads.map(_look, uris))
     small = sum(file.rows for file in found) <= unit_rows
-    sizes = repeat(1 << 62) if small else chain([max(unit_rows // 4, 1), max(unit_rows // 2, 1)], repeat(unit_rows))
+    sizes = repeat(1 << 62) if small else chain([max(unit_rows // 4, 1)], repeat(unit_rows))
     wanted = _Wanted(sizes)
     files = [SourceFile(f.uri, f.format, f.stamp, tuple(_cut(f, wanted))) for f in found]
     if not any(file.units for file in files):

@@ -87,7 +87,7 @@ class Renderer:
         chosen = [i * len(documents) // count for i in range(count)]
         if any(not isinstance(documents[i], str) for i in chosen):
             self._template.source()
-        texts = self._writer.write(documents, chosen, checked=Counter())[0].texts
+        texts = self._writer.write(documents, chosen)[0].texts
         self._backend = choose_backend(self._tokenizer, texts, mode=self._mode)
 
     def encode(self, documents: Documents) -> TokenBatch:
@@ -95,13 +95,10 @@ class Renderer:
         if self._backend is None:
             self.prove(documents)
         before = self._writer.off
-        checked: Counter[int] = Counter()
         rows: Counter[str] = Counter()
         batches = []
         for begin in range(0, len(documents), BLOCK):
-            written, ways = self._writer.write(
-                documents, range(begin, min(begin + BLOCK, len(documents))), checked=checked
-            )
+            written, ways = self._writer.write(documents, range(begin, min(begin + BLOCK, len(documents))))
             batches.append(to_tokens(written, self._chosen(), self._around(bool(written.plain.any()))))
             rows += ways
         if self._writer.off != before:
@@ -132,7 +129,10 @@ class Renderer:
 def _around(tokenizer: Any) -> Around:
     """The BOS is what the tokenizer itself puts before a text; an EOS that it may put after it is not doubled."""
     if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no EOS token: texts cannot be told apart")
+        raise UserError(
+            "the model's tokenizer has no EOS token: texts cannot be told apart; "
+            "set eos_token in its tokenizer_config.json"
+        )
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     full = tokenizer("x", add_special_tokens=True)["input_ids"]
     return Around(tuple(full[: _place(bare, full)]), tokenizer.eos_token_id)

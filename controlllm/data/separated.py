@@ -26,6 +26,8 @@ def read_csv(stream: Any, name: str, batch_rows: int, delimiter: str = ",") -> I
                 collector.refuse(number, f"found {len(fields)} fields, the header has {len(header)}")
         elif column := next((h for h, f in zip(header, fields, strict=True) if not decoded(f)), None):
             collector.refuse(number, "not UTF-8 text", field=column)
+        elif column := next((h for h, f in zip(header, fields, strict=True) if "\0" in f), None):
+            collector.refuse(number, "holds a NUL byte", field=column)
         else:
             collector.add(number, dict(zip(header, fields, strict=True)))
         if len(collector) >= batch_rows:

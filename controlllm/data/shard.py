@@ -5,6 +5,7 @@ not exist. Every file is written under another name, synced and renamed, so that
 share a folder; two that make the same shard write the same bytes.
 """
 
+import errno
 import json
 import os
 import tempfile
@@ -18,8 +19,9 @@ import pyarrow as pa
 import xxhash
 
 from controlllm.data.claims import claimed
+from controlllm.data.shared_folder import SharedFolder, Stored, local_files
 from controlllm.errors import UserError
-from controlllm.fingerprint import hash_file, sync
+from controlllm.fingerprint import content_of, hash_file, sync
 
 BATCH_ROWS = 64
 """Packed rows in one record batch: what is read, and checked against its hash, at a time."""
@@ -108,114 +110,140 @@ class ShardStore:
     """A folder of shards: on this machine, on a shared disk, or an fsspec URI (`s3://bucket/shards`)."""
 
     def __init__(self, root: str | Path):
-        self.remote = str(root).rstrip("/") if "://" in str(root) else None
+        self.remote = SharedFolder(str(root)) if "://" in str(root) else None
         self.folder = _spool(self.remote) if self.remote else Path(root)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def facts(self, key: str) -> Facts | None:
-        """Counts and hashes of a complete shard, or None."""
+        """Counts and hashes of a complete shard, or None. Raises UserError when its JSON is damaged."""
+        facts = self.described(key)
+        files = facts["files"].items() if facts else ()
+        return facts if all(self._is_whole(key, kind, made) for kind, made in files) else None
+
+    def described(self, key: str) -> Facts | None:
+        """As `facts`, whether or not the shard's files are still there; they are not brought here."""
         file = self.folder / f"{key}.json"
-        if self.remote and not file.exists() and self._exists(file.name):
+        if self.remote and not file.exists():
+            if self.remote.size(file.name) is None:
+                return None
             self._fetch(file.name)
         try:
-            facts = json.loads(file.read_text())
+            return _unsealed(file.read_bytes(), self.place(file.name))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:
-            raise UserError(f"{file}: damaged; remove it and run again") from None
-        return facts if all(self._whole(key, kind, made) for kind, made in facts["files"].items()) else None
+        except UserError:
+            if self.remote:  # a copy, which must not outlive its removal there
+                file.unlink(missing_ok=True)
+            raise
 
-    def _whole(self, key: str, kind: str, made: Facts) -> bool:
+    def _is_whole(self, key: str, kind: str, made: Facts) -> bool:
         """A shard that was removed or cut off since is made again."""
-        file = self.path(key, kind)
-        return file.exists() and file.stat().st_size == made["size"]
+        file = self.folder / file_name(key, kind)
+        size = file.stat().st_size if file.exists() else None
+        if self.remote and size != made["size"]:
+            file.unlink(missing_ok=True)
+            size = self.remote.size(file.name)
+        return size == made["size"]
+
+    def place(self, name: str) -> str:
+        """What a person is told of a file."""
+        return f"{self.remote or self.folder}/{name}"
 
     def path(self, key: str, kind: str = "train") -> Path:
-        """The file on this machine, brought here if it is not."""
+        """The file on this machine, brought here if it is not. Raises UserError when other bytes arrive."""
         file = self.folder / file_name(key, kind)
-        if self.remote and not file.exists() and self._exists(file.name):
-            self._fetch(file.name)
+        if self.remote and not file.exists() and (facts := self.described(key)):
+            self._fetch(file.name, facts["files"][kind]["hash"])
         return file
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Path | None]:
-        """A folder to write `file_name(kind=...)` files into; None when another builder makes this shard now."""
-        with claimed(self.folder / f".{key}.claim") as mine:
-            if not mine:
-                yield None
-                return
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{key}.") as partial:
-                yield Path(partial)
+        """A folder to write `file_name(kind=...)` files into; None when another builder makes this shard now.
+
+        Raises UserError when there is no room for it, or when the folder is there to be read only.
+        """
+        try:
+            with claimed(self.folder / f".{key}.claim") as mine:
+                if not mine:
+                    yield None
+                    return
+                with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{key}.") as partial:
+                    yield Path(partial)
+        except OSError as error:
+            raise _unwritten(self.folder, error) from None
 
     def publish(self, key: str, partial: Path, facts: Facts) -> None:
         """Make the shard visible, whole."""
         names = [file_name(key, kind) for kind in facts["files"]]
-        (partial / f"{key}.json").write_text(json.dumps(facts))
+        (partial / f"{key}.json").write_text(json.dumps(facts | {"seal": content_of(facts)}))
         for name in (*names, f"{key}.json"):
             sync(partial / name)
             if self.remote:
-                self._put(partial / name)
+                self.remote.put(partial / name)
             os.replace(partial / name, self.folder / name)
         sync(self.folder)
 
+    def files(self) -> dict[str, Stored]:
+        """Every file of the store by name, those of half-removed shards too."""
+        return self.remote.files() if self.remote else local_files(self.folder)
+
     def keys(self) -> list[str]:
-        """Of every complete shard."""
-        local = {file.stem for file in self.folder.glob("[0-9a-f]*.json")}
+        """Of every shard."""
+        return sorted(name.removesuffix(".json") for name in self.files() if name.endswith(".json"))
+
+    def hash_of(self, key: str, kind: str) -> str | None:
+        """Of the bytes that lie in the store, each read again; None where there is no such file."""
+        name = file_name(key, kind)
         if self.remote:
-            system, path = _system(self.remote)
-            local |= {Path(name).stem for name in system.glob(f"{path}/*.json")}
-        return sorted(local)
+            return self.remote.hash_of(name)
+        return hash_file(self.folder / name) if (self.folder / name).exists() else None
 
-    def remove(self, key: str) -> int:
-        """Bytes that were freed."""
-        freed = 0
+    def remove(self, key: str) -> None:
+        """First what makes it visible."""
         for name in (f"{key}.json", file_name(key, "train"), file_name(key, "validation")):
-            if (file := self.folder / name).exists():
-                freed += file.stat().st_size
-                file.unlink()
-            if self.remote and self._exists(name):
-                system, path = _system(self.remote)
-                system.rm_file(f"{path}/{name}")
-        return freed
+            if self.remote and self.remote.size(name) is not None:
+                self.remote.remove(name)
+            (self.folder / name).unlink(missing_ok=True)
 
-    def _exists(self, name: str) -> bool:
-        system, path = _system(self.remote)
-        return system.exists(f"{path}/{name}")
-
-    def _fetch(self, name: str) -> None:
-        system, path = _system(self.remote)
+    def _fetch(self, name: str, wanted: str | None = None) -> None:
+        """Under its name when it is whole, so that other processes of this machine never see half of it."""
+        assert self.remote is not None
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetch.") as partial:
-            system.get_file(f"{path}/{name}", f"{partial}/{name}")
-            os.replace(f"{partial}/{name}", self.folder / name)
-
-    def _put(self, file: Path) -> None:
-        """Under its final name at once on object stores, where a half-written object is never seen; by rename else."""
-        system, path = _system(self.remote)
-        system.makedirs(path, exist_ok=True)
-        if str(self.remote).startswith(("s3://", "gs://")):
-            system.put_file(str(file), f"{path}/{file.name}")
-            return
-        temporary = f"{path}/.{file.parent.name}.{file.name}"
-        system.put_file(str(file), temporary)
-        if system.exists(f"{path}/{file.name}"):  # another builder was faster: the same bytes
-            system.rm_file(temporary)
-        else:
-            system.mv(temporary, f"{path}/{file.name}")
+            file = Path(partial) / name
+            with file.open("wb") as stream:
+                stream.writelines(self.remote.blocks(name))
+            if wanted and hash_file(file) != wanted:
+                raise UserError(f"{self.place(name)}: what arrived is not what was written; remove it and run again")
+            os.replace(file, self.folder / name)
 
 
 def file_name(key: str, kind: str) -> str:
     return f"{key}.arrow" if kind == "train" else f"{key}.{kind}.arrow"
 
 
-def _system(remote: str | None) -> tuple[Any, str]:
-    from controlllm.data.location import file_system
+def _unsealed(text: bytes, place: str) -> Facts:
+    """The facts, if they are what was written to the last character."""
+    try:
+        facts = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        facts = None
+    if not isinstance(facts, dict) or facts.pop("seal", None) != content_of(facts):
+        raise UserError(f"{place}: damaged; remove it and run again")
+    return facts
 
-    assert remote is not None
-    return file_system(remote)
+
+def _unwritten(folder: Path, error: OSError) -> Exception:
+    """What to say of a shard that could not be written; the error itself where it is not the folder's."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        why = f"no room for a shard ({os.strerror(error.errno)}); free some, or set CONTROLLLM_SHARDS to another folder"
+        return UserError(f"{folder}: {why}, and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and Path(error.filename or "").parent == folder:
+        return UserError(f"{folder}: lacks shards and is not writable; set CONTROLLLM_SHARDS to a folder that is")
+    return error
 
 
-def _spool(remote: str) -> Path:
+def _spool(remote: SharedFolder) -> Path:
     """Where shards of a remote store lie on this machine."""
     from controlllm.store import store_root
 
-    return store_root() / "shards-of" / xxhash.xxh3_64_hexdigest(remote.encode())
+    return store_root() / "shards-of" / xxhash.xxh3_64_hexdigest(str(remote).encode())

@@ -32,10 +32,19 @@ class _Batch(NamedTuple):
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "_Batch":
-        ids, target, lengths, rows = batch.columns
-        bits = np.frombuffer(target.values.buffers()[1], np.uint8)
-        views = [array.to_numpy() for array in (ids.offsets, ids.values, lengths.offsets, lengths.values, rows.values)]
-        return cls(views[0], views[1], bits, *views[2:])
+        """Of the buffers themselves: `to_numpy` would import pandas for it."""
+        tokens, ids = _list(batch.column("input_ids"))
+        _, target = _list(batch.column("target"))
+        documents, lengths = _list(batch.column("lengths"))
+        return cls(tokens, ids, target, documents, lengths, _list(batch.column("rows"))[1])
+
+
+def _list(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and values of a column of lists; bits as bytes."""
+    kind = column.type.value_type
+    values = np.uint8 if pa.types.is_boolean(kind) else kind.to_pandas_dtype()
+    _, offsets, _, data = column.buffers()
+    return np.frombuffer(offsets, np.int32)[: len(column) + 1], np.frombuffer(data, values)
 
 
 class Shelf:

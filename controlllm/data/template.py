@@ -11,7 +11,7 @@ from typing import Any
 from controlllm.data.types import Conversation, Message
 from controlllm.errors import UserError
 
-NO_TEMPLATE = "the model's tokenizer has no chat template; give it one or train on text"
+NO_TEMPLATE = "the model's tokenizer has no chat template; set pack.chat_template to one, or train on text"
 # Stand for an answer and for the message before it, so that what the template itself writes can be told from them.
 _ANSWER = "aNsWeR7q0Zx"
 _BEFORE = "bEfOrE7q0Zx"
@@ -176,7 +176,10 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid: line {error.lineno}: {error.message}") from None
+        raise UserError(
+            f"the chat template is not valid: line {error.lineno}: {error.message}; "
+            "set pack.chat_template to one that is"
+        ) from None
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"the chat template refuses the conversation: {_first_line(error)}") from None
 

@@ -14,8 +14,8 @@ import orjson
 from controlllm.data.hard_strings import hard_strings
 from controlllm.errors import UserError
 
-SAMPLE_TEXTS = 2000
-SAMPLE_BYTES = 2_000_000
+SAMPLE_TEXTS = 1000
+SAMPLE_BYTES = 500_000
 _BATCH = 500
 
 

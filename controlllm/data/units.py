@@ -21,7 +21,7 @@ from controlllm.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 8192
+BATCH_ROWS = 4096
 
 
 def read_unit(

@@ -12,8 +12,8 @@ from controlllm.data.written import Written
 from controlllm.errors import UserError
 
 _PLAN_FROM = 8  # rows of a shape in a block that make a plan worth its cost
-_CHECKED_FIRST = 64  # rows of each shape that are written both ways
-_CHECKED_AFTER = 0.01  # share of the others
+_CHECKED_FIRST = 64  # rows of each shape that a process writes both ways
+_CHECKED_AFTER = 0.0025  # share of the others
 
 
 class Writer:
@@ -26,11 +26,10 @@ class Writer:
         self.off = ""
         """Why plans are off."""
         self.notes: list[str] = []
+        self._checked: Counter[tuple[str, ...]] = Counter()
 
-    def write(
-        self, documents: Documents, indices: Sequence[int], *, checked: Counter[int]
-    ) -> tuple[Written, Counter[str]]:
-        """Also the number of documents by way: plan, template, text. `checked` counts the checked rows by shape."""
+    def write(self, documents: Documents, indices: Sequence[int]) -> tuple[Written, Counter[str]]:
+        """Also the number of documents by way: plan, template, text."""
         block = _Block(documents, np.asarray(indices, np.int64))
         slow: list[int] = []
         for shape in np.unique(block.shape).tolist():
@@ -40,7 +39,7 @@ class Writer:
             elif documents.shapes[shape] == TEXT:
                 block.put_texts(rows)
             else:
-                slow += self._fill(block, shape, rows, checked)
+                slow += self._fill(block, shape, rows)
         for row in sorted(slow):
             try:
                 rendered = self._template.render(documents[block.index[row]], targets=self._targets)  # type: ignore[arg-type]
@@ -54,7 +53,7 @@ class Writer:
         """Why shapes have no plan."""
         return sorted({plan for plan in self._plans.values() if isinstance(plan, str)})
 
-    def _fill(self, block: "_Block", shape: int, rows: np.ndarray, checked: Counter[int]) -> list[int]:
+    def _fill(self, block: "_Block", shape: int, rows: np.ndarray) -> list[int]:
         """Rows that are left for the template."""
         roles = block.documents.shapes[shape]
         plan = self._plan(roles, len(rows))
@@ -71,7 +70,7 @@ class Writer:
             filled = plan.fill(columns)
         except UnicodeEncodeError:
             return [*refused, *rows.tolist()]
-        if example := self._wrong(block, shape, rows, filled, checked):
+        if example := self._wrong(block, roles, rows, filled):
             self.off = f"the template writes otherwise than was planned: {example}"
             self.notes.append(self.off)
             return [*refused, *rows.tolist()]
@@ -91,10 +90,10 @@ class Writer:
         plan = self._plans[roles]
         return plan if isinstance(plan, Plan) else None
 
-    def _wrong(self, block: "_Block", shape: int, rows: np.ndarray, filled: Filled, checked: Counter[int]) -> str:
+    def _wrong(self, block: "_Block", roles: tuple[str, ...], rows: np.ndarray, filled: Filled) -> str:
         """The first of a sample of the rows that is not as the template writes it; '' where all are."""
-        first = max(0, _CHECKED_FIRST - checked[shape])
-        checked[shape] += len(rows)
+        first = max(0, _CHECKED_FIRST - self._checked[roles])
+        self._checked[roles] += len(rows)
         spread = block.documents.numbers[block.index[rows]].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         chosen = spread < np.uint64(int(_CHECKED_AFTER * 2**64))
         chosen[:first] = True

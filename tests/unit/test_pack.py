@@ -1,11 +1,14 @@
 """Packing: every token in exactly one place, no row above its capacity, and the bins that naive packers choose."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlllm.data.pack import Bins, OverlongError, best_fit, best_fit_stream, cut, gather, one_each, wrap
+from controlllm.data.tighten import tighten
 from controlllm.errors import UserError
 
 MANY = settings(max_examples=2500, deadline=None)  # four tests: 10,000 cases
@@ -193,3 +196,21 @@ def test_gather_takes_no_token_twice_or_from_elsewhere(starts, lengths):
 def test_lengths_that_fit_no_bin_are_a_mistake_of_the_caller(wrong):
     with pytest.raises(AssertionError, match="document"):
         best_fit(np.array(wrong), 8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=400), st.integers(60, 200))
+def test_tightened_bins_hold_the_same_documents_in_no_more_bins(lengths, capacity):
+    lengths = np.array(lengths, np.int64)
+    fit = best_fit(lengths, capacity)
+    tight = tighten(lengths, fit, capacity)
+    assert sorted(tight.items.tolist()) == list(range(len(lengths)))
+    assert all(lengths[tight.items[a:b]].sum() <= capacity for a, b in pairwise(tight.offsets))
+    assert len(tight) <= len(fit)
+
+
+def test_tightening_saves_rows_where_best_fit_runs_out_of_short_documents():
+    lengths = np.random.default_rng(0).integers(100, 160, 20_000)
+    fit = best_fit(lengths, 4096)
+    fewest = -(-lengths.sum() // 4096)
+    assert len(tighten(lengths, fit, 4096)) - fewest < (len(fit) - fewest) / 2
