@@ -128,7 +128,7 @@ def _outputs() -> Iterator[Entry]:
             lineage = find_lineage(folder) or {}
             size = sum(stamp["size"] for stamp in lineage["files"].values())
             yield replace(blank, kind=lineage["stage"], bytes=size, what=_date(blank.made))
-        except (UserError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):  # whatever is in the file
             damage = f"{file}: damaged; remove {folder} and run again"
             yield replace(blank, bytes=_bytes_of(folder), damage=damage)
 

@@ -51,10 +51,10 @@ def prepare(
     data: FlyteDirectory,
     mix: MixConfig,
     pack: PackConfig,
-    parts: list[FlyteDirectory | None] | None = None,
+    parts: list[FlyteDirectory | None],
 ) -> Folder:
     """All datasets, out of the pieces that pods made; what is missing is made here."""
     from controlllm.prepare import gather
 
-    there = [local(part) for part in parts or [] if part is not None]
+    there = [local(part) for part in parts if part is not None]
     return publish(gather(there, local(base), local(data), mix, pack).path)

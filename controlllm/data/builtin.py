@@ -24,8 +24,10 @@ def puzzles(row: Row) -> Document:
 
 
 @dataset("samsum", source="hf://knkarthick/samsum#train", license="CC-BY-NC-ND-4.0", rows=14_732)
-def samsum(row: Row) -> Document:
+def samsum(row: Row) -> Document | None:
     """Messenger conversations, each with a summary by a linguist."""
+    if not row["dialogue"]:
+        return None  # one row has a summary of nothing
     dialogue = row["dialogue"].replace("\r\n", "\n")
     return [user(f"Summarize this dialogue:\n{dialogue}"), assistant(row["summary"])]
 
@@ -74,6 +76,7 @@ register(
     form="prompt_completion",
     fields={"system": "system_prompt", "prompt": "question", "completion": "response"},
     license="MIT",
+    rows=4_233_923,
     size="4.1 GB",
     description="Tasks of the FLAN collection with explanations by GPT-4 (1 M) and GPT-3.5 (3.2 M).",
 )
@@ -93,7 +96,7 @@ for _name, _license, _rows, _size, _what in (
         "Llama 3.1 Community License",
         300_000,
         "1.5 GB",
-        "Llama-3.1-70B, two turns",
+        "Llama-3.1-70B-Instruct, two turns",
     ),
 ):
     register(
@@ -112,33 +115,42 @@ register(
     fields={"prompt": "instruction", "completion": "response"},
     license="MIT",
     rows=288_579,
+    size="171 MB",
     description="Reasoning in mathematics, code and logic: correct actions of preference trees.",
 )
-for _part, _what in (
-    ("algorithmic_corpus", "Code of algorithms, sampled from The Stack v2"),
-    ("synthetic_code_snippet", "Code snippets rewritten from the algorithmic corpus"),
-    ("synthetic_qa", "Questions and answers made from the algorithmic corpus"),
+# The hub's folders of this one hold JSON beside the Arrow files, at which `datasets` stops.
+for _part, _size, _what in (
+    ("algorithmic_corpus", None, "Code of algorithms, sampled from The Stack v2"),
+    ("synthetic_code_snippet", None, "Code snippets rewritten from the algorithmic corpus"),
+    ("synthetic_qa", "3.6 GB", "Questions and answers made from the algorithmic corpus"),
 ):
     register(
         f"opc-annealing-{_part.replace('_', '-')}",
         source=f"hf://OpenCoder-LLM/opc-annealing-corpus:{_part}#train",
         form="text",
         license="ODC-BY-1.0",
-        description=f"{_what}, for the annealing phase of OpenCoder.",
+        size=_size,
+        description=f"{_what}, for the annealing phase of OpenCoder; fetch it and set source to {_part}/*.arrow.",
     )
-for _stage, _parts in (
-    ("opc-sft-stage1", ("filtered_infinity_instruct", "realuser_instruct", "largescale_diverse_instruct")),
-    ("opc-sft-stage2", ("educational_instruct", "evol_instruct", "mceval_instruct", "package_instruct")),
+for _stage, _part, _rows, _size in (
+    ("opc-sft-stage1", "filtered_infinity_instruct", None, "1.0 GB"),  # 1.03 M rows
+    ("opc-sft-stage1", "realuser_instruct", None, None),  # 676 k
+    ("opc-sft-stage1", "largescale_diverse_instruct", None, "3.5 GB"),  # 2.51 M
+    ("opc-sft-stage2", "educational_instruct", 118_278, "53 MB"),
+    ("opc-sft-stage2", "evol_instruct", 111_183, "137 MB"),
+    ("opc-sft-stage2", "mceval_instruct", 35_943, "61 MB"),
+    ("opc-sft-stage2", "package_instruct", 170_943, "286 MB"),
 ):
-    for _part in _parts:
-        register(
-            f"{_stage}-{_part.replace('_', '-')}",
-            source=f"hf://OpenCoder-LLM/{_stage}:{_part}#train",
-            form="prompt_completion",
-            fields={"prompt": "instruction", "completion": "output"},
-            license="MIT",
-            description=f"OpenCoder's instructions, {_stage.rpartition('-')[2]}: {_part.replace('_', ' ')}.",
-        )
+    register(
+        f"{_stage}-{_part.replace('_', '-')}",
+        source=f"hf://OpenCoder-LLM/{_stage}:{_part}#train",
+        form="prompt_completion",
+        fields={"prompt": "instruction", "completion": "output"},
+        license="MIT",
+        rows=_rows,
+        size=_size,
+        description=f"OpenCoder's instructions, {_stage.rpartition('-')[2]}: {_part.replace('_', ' ')}.",
+    )
 
 
 @dataset(
@@ -168,8 +180,11 @@ register(
     source="hf://togethercomputer/RedPajama-Data-1T-Sample",
     form="text",
     license="that of each of its sources; see its page",
+    rows=930_514,
     size="5.4 GB",
-    description="A sample of RedPajama: web pages, code, papers, books and Wikipedia as plain text.",
+    # The hub has JSON lines beside a script, and a script is never run.
+    description="A sample of RedPajama: web pages, code, papers, books and Wikipedia as plain text; fetch it and set "
+    "source to its *.jsonl.",
 )
 register(
     "alpaca_zh",
@@ -193,12 +208,15 @@ register(
     source="hf://hfl/stem_zh_instruction#train",
     form="alpaca",
     license="Apache-2.0",
-    description="Questions and answers on physics, chemistry, medicine, biology and earth science in Chinese (256 k).",
+    rows=256_186,
+    size="152 MB",
+    description="Questions on physics, chemistry, medicine, biology and earth science in Chinese, answered by GPT-3.5.",
 )
 register(
     "Llama-3-SynE",
-    source="hf://survivi/Llama-3-SynE-Dataset",
+    source="hf://survivi/Llama-3-SynE-Dataset#train",
     form="text",
     license="none stated; see its page",
-    description="Text for continual pre-training: Chinese web pages, books and forums, and synthetic science and code.",
+    description="Text for continual pre-training in Chinese and English: web pages, books, encyclopedias, forums, "
+    "papers, code, mathematics and synthetic science.",
 )

@@ -143,7 +143,7 @@ def _converted(convert: Callable[[Row], Any], row: Row | RowError) -> Document |
         value = convert(row)
     except (RowError, *NOT_OF_A_ROW):
         raise
-    except Exception as error:  # noqa: BLE001 - functions of other people raise anything over a row
+    except Exception as error:
         raise _why(convert, row, error) from error
     return None if value is None else checked(value)
 
@@ -183,8 +183,10 @@ def _run(steps: Sequence[Step], read: Read, batch: RowBatch) -> Read:
     bad, filtered = list(read.bad), Counter(read.filtered)
     for index, number in enumerate(read.documents.numbers.tolist()):
         document: Document | None = read.documents[index]
+        at = ""
         try:
             for step in steps:
+                at = step.name
                 document = _stepped(step, document)
                 if document is None:
                     filtered[step.name] += 1
@@ -195,7 +197,7 @@ def _run(steps: Sequence[Step], read: Read, batch: RowBatch) -> Read:
         except RowError as error:
             bad.append(BadRow(batch.file, number, error.field, error.reason))
         except NOT_OF_A_ROW as error:
-            raise UserError(f"{batch.file}:{number}: step {step.name}: {_said(error)}") from error
+            raise UserError(f"{batch.file}:{number}: step {at}: {_said(error)}") from error
     bad.sort(key=lambda row: row.row)
     return Read(Documents.of(made, np.asarray(numbers, np.int64)), bad, dict(filtered))
 
@@ -205,7 +207,7 @@ def _stepped(step: Step, document: Document) -> Document | None:
         return step.apply(document)
     except NOT_OF_A_ROW:
         raise
-    except Exception as error:  # noqa: BLE001 - functions of other people raise anything over a row
+    except Exception as error:
         raise RowError(None, f"step {step.name}: {_said(error)}") from error
 
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from controlllm.data.pack import Bins, best_fit
 
-
 ROUNDS = 3
 
 

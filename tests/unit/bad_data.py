@@ -8,8 +8,6 @@ import gzip
 import io
 import json
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fastavro
@@ -97,11 +95,8 @@ BAD_LINES: dict[str, tuple[str, bytes, str | None, str]] = {
 }
 
 
-def packed(pack: Callable[[bytes], Any], content: bytes) -> bytes:
-    return bytes(pack(content))
-
-
-ZSTD = pa.Codec("zstd").compress
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(content))
 
 
 def parquet(table: dict[str, list[Any]], **options: Any) -> bytes:
@@ -137,7 +132,7 @@ DATA = {"text": lines(5, "text"), "messages": lines(5)}
 LONG = json.dumps({"text": "word " * 200}).encode() + b"\n"
 
 GOOD = {
-    "jsonl": DATA["text"], "jsonl.gz": gzip.compress(DATA["text"]), "jsonl.zst": packed(ZSTD, DATA["text"]),
+    "jsonl": DATA["text"], "jsonl.gz": gzip.compress(DATA["text"]), "jsonl.zst": zstd(DATA["text"]),
     "jsonl.bz2": bz2.compress(DATA["text"]), "json": json.dumps([text(1)]).encode(), "csv": CSV, "txt": b"text", "yaml": b"text: a",
     "parquet": PARQUET, "avro": AVRO, "arrow": ARROW,
 }
@@ -146,9 +141,9 @@ GOOD = {
 DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     "cut in the last line": ({"a.jsonl": DATA["text"][:-8]}, "a.jsonl:5: not valid JSON: ... 1 of 5 rows cannot be used; pack.max_bad_rows"),
     "gzip named jsonl": ({"a.jsonl": gzip.compress(DATA["text"])}, "a.jsonl: is gzip-compressed: name it .jsonl.gz"),
-    "zstd named jsonl": ({"a.jsonl": packed(ZSTD, DATA["text"])}, "a.jsonl: is zstd-compressed: name it .jsonl.zst"),
+    "zstd named jsonl": ({"a.jsonl": zstd(DATA["text"])}, "a.jsonl: is zstd-compressed: name it .jsonl.zst"),
     "jsonl named gz": ({"a.jsonl.gz": DATA["text"]}, "a.jsonl.gz: damaged gzip file, or none: it does not begin like one"),
-    "zstd cut": ({"a.jsonl.zst": packed(ZSTD, lines(900, "text"))[:-40]}, "a.jsonl.zst: damaged zstd file"),
+    "zstd cut": ({"a.jsonl.zst": zstd(lines(900, "text"))[:-40]}, "a.jsonl.zst: damaged zstd file"),
     "gzip cut": ({"a.jsonl.gz": gzip.compress(lines(900, "text"))[:-40]}, "a.jsonl.gz: damaged gzip file"),
     "bzip2 cut": ({"a.jsonl.bz2": bz2.compress(lines(900, "text"))[:-40]}, "a.jsonl.bz2: damaged bz2 file"),
     "gzip of nothing": ({"a.jsonl.gz": gzip.compress(b"")}, "no row"),
@@ -218,10 +213,10 @@ WRONG: dict[str, tuple[str, dict[str, bytes], str, tuple[str, ...], str]] = {
     "no such field": ("text", {"a.jsonl": DATA["text"]}, "a.jsonl", ("mix.datasets.0.fields={text: content}",), "a.jsonl:1: field 'content': missing; the row has: text"),
     "not a field of the format": ("text", {"a.jsonl": DATA["text"]}, "a.jsonl", ("mix.datasets.0.fields={texd: text}",), "'texd' is no field of format text; did you mean 'text'?"),
     "another format": ("sharegpt", {"a.jsonl": DATA["messages"]}, "a.jsonl", (), "a.jsonl:1: field 'conversations': missing; the row has: messages"),
-    "password in an address": ("text", {}, "s3://AKIAKEY:SECRET@bucket/a.jsonl", (), "mix.datasets.0.source: s3://bucket/a.jsonl: a password in an address ends in logs; put the keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
-    "password of HDFS": ("text", {}, "webhdfs://me:SECRET@host:9870/a.jsonl", (), "mix.datasets.0.source: webhdfs://host:9870/a.jsonl: a password in an address ends in logs; put it into WEBHDFS_PASSWORD"),
-    "password of another kind": ("text", {}, "ftp://me:SECRET@host/a.jsonl?sig=SECRET", (), "mix.datasets.0.source: ftp://host/a.jsonl: this kind of source is not known; known: hf://"),
-    "token in a query": ("text", {}, "https://host/a.jsonl?X-Amz-Signature=SECRET&b=SECRET", (), "mix.datasets.0.source: https://host/a.jsonl: this kind of source is not known"),
+    "password in an address": ("text", {}, "s3://AKIAKEY:HUSH@bucket/a.jsonl", (), "mix.datasets.0.source: s3://bucket/a.jsonl: a password in an address ends in logs; put the keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "password of HDFS": ("text", {}, "webhdfs://me:HUSH@host:9870/a.jsonl", (), "mix.datasets.0.source: webhdfs://host:9870/a.jsonl: a password in an address ends in logs; put it into WEBHDFS_PASSWORD"),
+    "password of another kind": ("text", {}, "ftp://me:HUSH@host/a.jsonl?sig=HUSH", (), "mix.datasets.0.source: ftp://host/a.jsonl: this kind of source is not known; known: hf://"),
+    "token in a query": ("text", {}, "https://host/a.jsonl?X-Amz-Signature=HUSH&b=HUSH", (), "mix.datasets.0.source: https://host/a.jsonl: this kind of source is not known"),
 }
 
 # name: (format, its files, source, changes to the recipe, rows, documents)

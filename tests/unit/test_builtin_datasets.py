@@ -1,7 +1,14 @@
-"""Each built-in dataset reads a row as its source has it: fields and types are the real ones, texts are short."""
+"""Each built-in dataset reads rows as its source has them; long texts are cut where they have `...`.
 
+`dataset_rows.jsonl` says how each row was found: in the source's own `file`, on its `card`, in a `tutorial`, in a
+`copy` (a set made from it), or `generated`. `processing script`: the fields from the script that writes them, the text
+from what it reads. `fields only`: no row was found; fields and types are the published ones, the text is ours.
+"""
+
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +18,12 @@ from controlllm.config import DatasetConfig
 from controlllm.data.catalog import CATALOG, dataset_names, find_dataset, listing
 from controlllm.data.dataset import dataset, register
 from controlllm.data.documents import documents
+from controlllm.data.hub import HubSource
 from controlllm.data.types import RowBatch
 from controlllm.errors import UserError
+
+ROWS = [json.loads(line) for line in Path(__file__).with_name("dataset_rows.jsonl").read_text("utf-8").splitlines()]
+FOUND = {"file", "card", "tutorial", "copy", "processing script", "generated", "fields only"}
 
 
 def talk(*contents, system=None):
@@ -22,118 +33,71 @@ def talk(*contents, system=None):
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def instruction(question, answer, **more):
-    return {"instruction": question, "output": answer} | more
+def pair(question, answer):
+    return lambda row: talk(row[question], row[answer])
 
 
-MAGPIE = {
-    "uuid": "b0a2fc0b", "model": "meta-llama/Meta-Llama-3-70B-Instruct", "instruction": "What are plates?",
-    "response": "Slabs.",
-    "gen_input_configs": {"temperature": 1.0, "top_p": 1.0, "seed": None}, "instruct_reward": 1.5, "language": "EN",
-    "other_task_category": ["Reasoning"], "llama_guard_2": "safe", "response_length": 6,
-}  # fmt: skip
+def shared(row):
+    return talk(*(turn["value"] for turn in row["conversations"]))
 
 
-def said(*turns, **more):
-    return [{"from": ("human", "gpt")[i % 2], "value": turn, **more} for i, turn in enumerate(turns)]
+def alpaca(row):
+    return talk("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
 
 
-CHAT = talk("Create a protagonist", "Name: Ava", "Wow", "Sure")
-FEEDBACK = talk("Which animal has two hands?", "An animal with two hands is a primate.")
-MATH = "Solve for $y$:\n\n$$\\frac{y^2 - 3y + 2}{y - 2} = y + 1$$"
-GUANACO = "### Human: Can you explain monopsony?### Assistant: A market with one buyer.### Human: Now to a dog"
-DIALOGUE = "Amanda: I baked cookies. Do you want some?\r\nJerry: Sure!\r\nAmanda: I'll bring you tomorrow :-)"
-SUMMARY = "Amanda baked cookies and will bring Jerry some tomorrow."
-ROWS = {
-    "puzzles": ({"kind": "gcd", "question": "gcd of 4 and 6?", "answer": "2"}, talk("gcd of 4 and 6?", "2")),
-    "samsum": (
-        {"id": "13818513", "summary": SUMMARY, "dialogue": DIALOGUE},
-        talk("Summarize this dialogue:\n" + DIALOGUE.replace("\r", ""), SUMMARY),
-    ),
-    "alpaca-cleaned": (
-        instruction("Identify the odd one out.", "Telegram", input="Twitter, Instagram, Telegram"),
-        talk("Identify the odd one out.\n\nTwitter, Instagram, Telegram", "Telegram"),
-    ),
-    "ultrachat_200k": (
-        {"prompt": "Create a protagonist", "prompt_id": "d938b65d", "messages": CHAT},
-        CHAT,
-    ),
-    "ultrafeedback_binarized": (
-        {"prompt": "Which animal has two hands?", "prompt_id": "6a3e", "chosen": FEEDBACK,
-         "rejected": talk("Which", "None"),
-         "messages": FEEDBACK, "score_chosen": 8.5, "score_rejected": 4.0},
-        FEEDBACK,
-    ),
-    "OpenMathInstruct-2": (
-        {"problem": MATH, "generated_solution": "Factor the numerator.", "expected_answer": "\\emptyset",
-         "problem_source": "augmented_math"},
-        talk(MATH, "Factor the numerator."),
-    ),
-    "OpenOrca": (
-        {"id": "niv.242684", "system_prompt": "You are an AI assistant.", "question": "Say it in French.",
-         "response": "Oui."},
-        talk("Say it in French.", "Oui.", system="You are an AI assistant."),
-    ),
-    "OpenHermes-2.5": (
-        {"conversations": said("Every day, a tree drops 7 leaves.", "February has 28 days.", weight=None),
-         "source": "airoboros2.2", "category": "orca", "skip_prompt_formatting": False,
-         "system_prompt": None, "title": None},
-        talk("Every day, a tree drops 7 leaves.", "February has 28 days."),
-    ),
-    "Magpie-Pro-300K-Filtered": (
-        MAGPIE | {"conversations": said("What are plates?", "Slabs.")}, talk("What are plates?", "Slabs.")
-    ),
-    "Magpie-Llama-3.1-Pro-MT-300K-Filtered": (
-        MAGPIE | {"conversations": said("What are plates?", "Slabs.", "How many?", "Seven."),
-         "instruction_2": "How many?"},
-        talk("What are plates?", "Slabs.", "How many?", "Seven."),
-    ),
-    "UltraInteract_sft": (
-        {"task": "Coding", "dataset": "TACO", "instruction": "Write Python code.", "response": "print(1)",
-         "id": "TACO_1", "parent_id": "r"},
-        talk("Write Python code.", "print(1)"),
-    ),
-    "openassistant-guanaco": ({"text": GUANACO}, talk("Can you explain monopsony?", "A market with one buyer.")),
-    "RedPajama-Data-1T-Sample": ({"text": "A page.", "meta": '{"url": "x"}', "red_pajama_subset": "c4"}, "A page."),
-    "alpaca_zh": (instruction("解释两个理论。", "细胞理论。", input=""), talk("解释两个理论。", "细胞理论。")),
-    "ruozhiba": (instruction("只剩一个心脏还能活吗?", "能。"), talk("只剩一个心脏还能活吗?", "能。")),
-    "stem_zh": (instruction("什么是细胞?", "生命的基本单位。", input=""), talk("什么是细胞?", "生命的基本单位。")),
-    "Llama-3-SynE": ({"text": "中文网页。"}, "中文网页。"),
-    **{
-        f"opc-annealing-{part}": ({"text": "def f(): ...", "lang": "python"}, "def f(): ...")
-        for part in ("algorithmic-corpus", "synthetic-code-snippet", "synthetic-qa")
-    },
-    **{
-        f"opc-sft-stage1-{part}": (instruction("Sort it.", "sorted(x)", tag="code"), talk("Sort it.", "sorted(x)"))
-        for part in ("filtered-infinity-instruct", "realuser-instruct", "largescale-diverse-instruct")
-    },
-    **{
-        f"opc-sft-stage2-{part}": (instruction("Sort it.", "sorted(x)", seq_id=7), talk("Sort it.", "sorted(x)"))
-        for part in ("evol-instruct", "mceval-instruct", "package-instruct")
-    },
-    "opc-sft-stage2-educational-instruct": (
-        instruction("Sort it.", "sorted(x)", seq_id=7, code="def f(x): ...",
-                    entry_point="f", testcase=["assert f([]) == []"]),
-        talk("Sort it.", "sorted(x)"),
-    ),
-}  # fmt: skip
+EXPECTED = {
+    "puzzles": pair("question", "answer"),
+    "samsum": lambda row: talk("Summarize this dialogue:\n" + row["dialogue"].replace("\r", ""), row["summary"]),
+    "alpaca-cleaned": alpaca,
+    "ultrachat_200k": lambda row: row["messages"],
+    "ultrafeedback_binarized": lambda row: row["chosen"],
+    "OpenMathInstruct-2": pair("problem", "generated_solution"),
+    "OpenOrca": lambda row: talk(row["question"], row["response"], system=row["system_prompt"]),
+    "OpenHermes-2.5": shared,
+    "Magpie-Pro-300K-Filtered": shared,
+    "Magpie-Llama-3.1-Pro-MT-300K-Filtered": shared,
+    "UltraInteract_sft": pair("instruction", "response"),
+    "opc-annealing": lambda row: row["text"],
+    "opc-sft": pair("instruction", "output"),
+    "openassistant-guanaco": lambda row: talk(*(part.partition(": ")[2] for part in row["text"].split("### ")[1:3])),
+    "RedPajama-Data-1T-Sample": lambda row: row["text"],
+    "alpaca_zh": alpaca,
+    "ruozhiba": alpaca,
+    "stem_zh": alpaca,
+    "Llama-3-SynE": lambda row: row["text"],
+}
 
 
-def test_every_built_in_dataset_has_a_row_here():
-    assert ROWS.keys() == CATALOG.keys()
+def test_every_built_in_dataset_has_a_row():
+    assert {line["name"] for line in ROWS} == CATALOG.keys()
+    assert {line["found"] for line in ROWS} <= FOUND
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_is_read(name):
-    row, expected = ROWS[name]
-    data, numbers = find_dataset(DatasetConfig(name=name)), np.arange(1, 3)
-    for batch in (
-        RowBatch("f", numbers, dicts=[row, row]),
-        RowBatch("f", numbers, table=pa.Table.from_pylist([row, row])),
-    ):
-        found = documents(data, batch)
+@pytest.mark.parametrize("line", ROWS, ids=lambda line: line["name"])
+def test_a_row_is_read(line):
+    name, row = line["name"], line["row"]
+    (expected,) = [read for start, read in EXPECTED.items() if name == start or name.startswith(f"{start}-")]
+    for found in as_lines_and_as_table(name, row):
         assert found.bad == []
-        assert list(found.documents) == [expected, expected]
+        assert [found.documents[i] for i in range(len(found.documents))] == [expected(row)] * 2
+
+
+def as_lines_and_as_table(name, row):
+    data, numbers = find_dataset(DatasetConfig(name=name)), np.arange(1, 3)
+    yield documents(data, RowBatch("f", numbers, dicts=[row, row]))
+    yield documents(data, RowBatch("f", numbers, table=pa.Table.from_pylist([row, row])))
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_a_summary_of_nothing_is_left_out(nothing):
+    row = {"id": "1", "dialogue": nothing, "summary": "problem with visualization of the content"}
+    for found in as_lines_and_as_table("samsum", row):
+        assert (len(found.documents), found.bad, found.filtered) == (0, [], {"dataset": 2})
+
+
+def test_sources_of_the_hub_name_their_split():
+    named = [HubSource.of(data.source) for data in CATALOG.values() if data.source.startswith("hf://")]
+    assert [source.path for source in named if not source.split] == ["togethercomputer/RedPajama-Data-1T-Sample"]
 
 
 def test_another_source_for_a_name_of_the_catalog():

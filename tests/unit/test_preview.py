@@ -43,6 +43,8 @@ def own(tmp_path):
         + "]",
         "pack.unit_rows=32",
         "pack.overlong=split",
+        "benchmark.old=[chat]",
+        "benchmark.items=2",
     ]
 
 
@@ -86,12 +88,12 @@ def hidden(row):
 ])  # fmt: skip
 def test_the_first_rows_of_training_are_shown(recipe, store, own, tiny_base, names, settings, changes):
     config = load_config(recipe, *own(*names, **settings), *changes)
-    made = preview(config, rows=4)
+    made = preview(config, rows=2)
     before = shards(store)
-    assert len(made.rows) == 4
+    assert len(made.rows) == 2
     assert made.notes == []
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    trained = [hidden(row) for row in in_training(config, store, tokenizer, 4)]
+    trained = [hidden(row) for row in in_training(config, store, tokenizer, 2)]
     assert [as_shown(row) for row in made.rows] == trained
     assert before.items() <= shards(store).items()  # prepare made none of them again
     assert len(before) < len(shards(store)) or "unit_rows=1000" in str(changes)
