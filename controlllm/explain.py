@@ -57,7 +57,8 @@ def _explain_dataset(
     store: ShardStore,
     stored: dict[str, list[Json]],
 ) -> Iterator[str]:
-    from controlllm.data.build import find_duplicates, unit_key
+    from controlllm.data.build import find_duplicates
+    from controlllm.data.workers import unit_key
 
     job, manifest = open_job(dataset, f"mix.datasets.{number}", base, data, config.pack)
     find_duplicates(job, manifest)

@@ -41,7 +41,7 @@ def _check_tokenizer(folder: Path, name: str) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # the library raises anything, Exception itself too
         said = (str(error).splitlines() or [""])[0].replace(str(folder), name)
         raise UserError(
             f"model.name: the tokenizer of '{name}' cannot be loaded: {type(error).__name__}: {said}"

@@ -6,17 +6,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from controlllm.config import RunConfig
+from controlllm.config import PackConfig, RunConfig
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
 from controlllm.data.location import is_remote, kind_of
 from controlllm.data.probes import PROBES, probe_names
 from controlllm.data.sources import GYM, source_files
 from controlllm.data.steps import build_steps
-from controlllm.errors import UserError
+from controlllm.errors import UserError, one_line
 from controlllm.model_shape import Shape, model_shape
 from controlllm.recipe import KeyPath, dotted, read
 from controlllm.store import store_root
@@ -56,6 +57,7 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
     try:
         _built(config)
         _names(config)
+        _pack(config.pack)
         shape = _model(config)
         _output(config)
         _disk(shape)
@@ -94,12 +96,38 @@ def _names(config: RunConfig) -> None:
             find_dataset(dataset)
         except UserError as error:
             raise _Wrong(key, str(error)) from None
-        build_steps(dataset.preprocess, where=f"{key}.preprocess")
-    if config.pack.chat_template and not Path(config.pack.chat_template).is_file():
-        raise _Wrong("pack.chat_template", f"'{config.pack.chat_template}' is not a file; give a Jinja template")
+        _steps(f"{key}.preprocess", dataset.preprocess)
     for side in ("new", "old"):
         for index, name in enumerate(getattr(config.benchmark, side)):
             _known(f"benchmark.{side}.{index}", name, "probe", probe_names())
+
+
+def _steps(key: str, preprocess: list[dict[str, dict[str, Any]]]) -> None:
+    try:
+        build_steps(preprocess, where=key)
+    except UserError as error:
+        at, _, text = str(error).partition(": ")
+        raise _Wrong(at, text) from None
+    except Exception as error:  # a step may be a function of the user's, in a module that fails while it is imported
+        raise _Wrong(key, f"a step cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _pack(pack: PackConfig) -> None:
+    try:
+        date.fromisoformat(pack.date)
+    except ValueError:
+        raise _Wrong("pack.date", f"'{pack.date}' is no day of the calendar") from None
+    if pack.chat_template is None:
+        return
+    file = Path(pack.chat_template)
+    if not file.is_file():
+        raise _Wrong("pack.chat_template", f"'{file}' is not a file; give a Jinja template")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _Wrong("pack.chat_template", f"'{file}' is not UTF-8 text (byte {error.start + 1})") from None
+    if not text.strip():
+        raise _Wrong("pack.chat_template", f"'{file}' is empty; give a Jinja template, or leave the key out")
 
 
 def _known(key: str, name: str, kind: str, known: Iterable[str]) -> None:
@@ -189,7 +217,7 @@ def _readable(key: str, source: str) -> None:
             return
         files = source_files(source)
     except (UserError, OSError) as error:
-        raise _Wrong(key, str(error)) from None
+        raise _Wrong(key, one_line(error)) from None
     for file in files:
         if not os.access(file, os.R_OK):
             raise _Wrong(key, f"{file}: cannot be read (no permission)")

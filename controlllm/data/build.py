@@ -1,15 +1,9 @@
 """All units of a dataset to shards, in as many processes as there are cores; what is there is not made again."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +12,15 @@ import numpy as np
 from controlllm.config import DatasetConfig, PackConfig
 from controlllm.data.held_out import HeldOut
 from controlllm.data.job import Job, rows_to_drop
-from controlllm.data.keys import content_keys
-from controlllm.data.manifest import Manifest, read_unit, read_units
+from controlllm.data.manifest import Manifest, read_unit
 from controlllm.data.render import Renderer
 from controlllm.data.shard import Facts, ShardStore
 from controlllm.data.types import Documents, Unit
+from controlllm.data.workers import build_units, unit_key, unit_keys_in_order, worker_count
 from controlllm.errors import UserError
 from controlllm.fingerprint import content_of
 from controlllm.progress import track
 
-# The tokenizers' own threads would stand in the way of the processes.
-os.environ.setdefault("RAYON_NUM_THREADS", "1")
-
-TOGETHER = 8
-"""Units of one row group that a process makes in one pass over it."""
 SAMPLE = 1000
 """Documents on which the fast ways of rendering and tokenising are proven."""
 
@@ -62,16 +51,6 @@ class Prepared:
     @property
     def packed_rows(self) -> int:
         return self.total("bins")
-
-
-def worker_count() -> int:
-    """`CONTROLLLM_WORKERS`, or the cores that this process may use."""
-    asked = os.environ.get("CONTROLLLM_WORKERS")
-    if asked is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not asked.isdigit() or not int(asked):
-        raise UserError(f"CONTROLLLM_WORKERS: must be a number of processes, found {asked!r}")
-    return int(asked)
 
 
 def make_job(
@@ -159,7 +138,7 @@ def make_units(
             yield number, facts, False
         else:
             missing.append(number)
-    for number, facts in _build(job, units, missing, str(shards), workers or worker_count()):
+    for number, facts in build_units(job, units, missing, str(shards), workers or worker_count()):
         yield number, facts, True
 
 
@@ -168,21 +147,16 @@ def renderer_facts(job: Job) -> dict[str, Any]:
     return {name: job.renderer.facts()[name] for name in ("tokenizer", "tokenizer_reason", "plans")}
 
 
-def find_duplicates(job: Job, manifest: Manifest) -> None:
+def find_duplicates(job: Job, manifest: Manifest, *, workers: int | None = None) -> None:
     """With `dedup`, the rows that repeat an earlier one: a pass over all rows, before the first shard."""
     if not job.dataset.dedup:
         return
-
-    def keys() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        with track("repeated rows", total=len(manifest.units), unit=job.dataset.name) as advance:
-            for number, unit in enumerate(manifest.units):
-                read = [job.documents(b)[0] for b in read_unit(unit, stamp=job.stamps[unit.uri])]
-                advance(number + 1)
-                numbers = [np.zeros(0, np.int64), *(documents.numbers for documents in read)]
-                hashes = [np.zeros(0, np.uint64), *(content_keys(documents) for documents in read)]
-                yield np.concatenate(hashes), np.concatenate(numbers)
-
-    job.duplicates = rows_to_drop(keys())
+    units, found = manifest.units, []
+    with track("repeated rows", total=len(units), unit=job.dataset.name) as advance:
+        for keys in unit_keys_in_order(job, units, workers or worker_count()):
+            found.append(keys)
+            advance(len(found))
+    job.duplicates = rows_to_drop(found)
 
 
 def check_units(job: Job, units: Sequence[Facts]) -> None:
@@ -204,110 +178,3 @@ def check_units(job: Job, units: Sequence[Facts]) -> None:
 
 def _size(unit: Unit) -> int:
     return max(unit.end - unit.start, 1)
-
-
-def unit_key(job: Job, number: int, unit: Unit) -> str:
-    """The name of the unit's shard."""
-    return content_of(job.unit_inputs(number, unit))
-
-
-def _build(
-    job: Job, units: Sequence[Unit], missing: list[int], shards: str, workers: int
-) -> Iterator[tuple[int, Facts]]:
-    """Units as they are made: the first here, so that someone who waits for it does not wait for processes to start."""
-    if not missing:
-        return
-    yield from _make(job, shards, units, missing[:1])
-    tasks = _tasks(units, missing[1:])
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield from _make(job, shards, units, task)
-        return
-    with _processes(workers, job, shards, units) as pool:
-        yield from _as_made(pool, tasks)
-
-
-def _tasks(units: Sequence[Unit], numbers: list[int]) -> list[list[int]]:
-    """Units that one process makes: pieces of one row group together, which is decoded only once then."""
-
-    def group(number: int) -> Any:
-        unit = units[number]
-        whole = unit.row_group is None or unit.row_groups > 1
-        return (number,) if whole else (unit.uri, unit.row_group)
-
-    tasks: list[list[int]] = []
-    for _, run in groupby(numbers, key=group):
-        pieces = iter(sorted(run))
-        while piece := list(islice(pieces, TOGETHER)):
-            tasks.append(piece)
-    return tasks
-
-
-@contextmanager
-def _processes(workers: int, job: Job, shards: str, units: Sequence[Unit]) -> Iterator[ProcessPoolExecutor]:
-    """Forked from a fresh process without threads, that has imported everything once."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["controlllm.data.build", "transformers.tokenization_utils_fast"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job, shards, list(units)))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _as_made(pool: ProcessPoolExecutor, tasks: list[list[int]]) -> Iterator[tuple[int, Facts]]:
-    waiting: set[Future[list[tuple[int, Facts]]]] = {pool.submit(_work, task) for task in tasks}
-    try:
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield from future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that prepares data was killed, most likely for want of memory; "
-            "set CONTROLLLM_WORKERS to fewer processes or pack.unit_rows to fewer rows"
-        ) from None
-
-
-_here: tuple[Job, str, list[Unit]] | None = None
-
-
-def _start(job: Job, shards: str, units: list[Unit]) -> None:
-    global _here
-    _here = (job, shards, units)
-
-
-def _work(numbers: list[int]) -> list[tuple[int, Facts]]:
-    assert _here is not None, "set when the process was started"
-    job, shards, units = _here
-    return list(_make(job, shards, units, numbers))
-
-
-def _make(job: Job, shards: str, units: Sequence[Unit], numbers: list[int]) -> Iterator[tuple[int, Facts]]:
-    """Build these units; one that another builder has in hand is waited for at the end."""
-    store = ShardStore(shards)
-    left: list[int] = []
-    places = {units[number]: number for number in numbers}
-    for unit, batches in read_units([units[number] for number in numbers], stamps=job.stamps):
-        number = places[unit]
-        key = unit_key(job, number, unit)
-        with store.writing(key) as partial:
-            if partial is None:
-                left.append(number)
-            elif (facts := store.facts(key)) is not None:  # made since we looked
-                yield number, facts
-            else:
-                facts = job.build(number, unit, batches, partial, key)
-                store.publish(key, partial, facts)
-                yield number, facts
-    for number in left:
-        key = unit_key(job, number, units[number])
-        while (facts := store.facts(key)) is None:
-            with store.writing(key) as partial:
-                if partial is not None:  # whoever had it is gone
-                    break
-            time.sleep(0.2)
-        if facts is None:
-            yield from _make(job, shards, units, [number])
-        else:
-            yield number, facts

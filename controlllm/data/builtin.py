@@ -126,11 +126,11 @@ for _part, _size, _what in (
 ):
     register(
         f"opc-annealing-{_part.replace('_', '-')}",
-        source=f"hf://OpenCoder-LLM/opc-annealing-corpus:{_part}#train",
+        source=f"hf://OpenCoder-LLM/opc-annealing-corpus/{_part}/*.arrow",
         form="text",
         license="ODC-BY-1.0",
         size=_size,
-        description=f"{_what}, for the annealing phase of OpenCoder; fetch it and set source to {_part}/*.arrow.",
+        description=f"{_what}, for the annealing phase of OpenCoder.",
     )
 for _stage, _part, _rows, _size in (
     ("opc-sft-stage1", "filtered_infinity_instruct", None, "1.0 GB"),  # 1.03 M rows
@@ -177,14 +177,13 @@ _SPEAKER = re.compile(r"### (Human|Assistant):")
 
 register(
     "RedPajama-Data-1T-Sample",
-    source="hf://togethercomputer/RedPajama-Data-1T-Sample",
+    source="hf://togethercomputer/RedPajama-Data-1T-Sample/*.jsonl",
     form="text",
     license="that of each of its sources; see its page",
     rows=930_514,
     size="5.4 GB",
     # The hub has JSON lines beside a script, and a script is never run.
-    description="A sample of RedPajama: web pages, code, papers, books and Wikipedia as plain text; fetch it and set "
-    "source to its *.jsonl.",
+    description="A sample of RedPajama: web pages, code, papers, books and Wikipedia as plain text.",
 )
 register(
     "alpaca_zh",

@@ -143,7 +143,7 @@ def _converted(convert: Callable[[Row], Any], row: Row | RowError) -> Document |
         value = convert(row)
     except (RowError, *NOT_OF_A_ROW):
         raise
-    except Exception as error:
+    except Exception as error:  # functions of other people raise anything over a row
         raise _why(convert, row, error) from error
     return None if value is None else checked(value)
 
@@ -207,7 +207,7 @@ def _stepped(step: Step, document: Document) -> Document | None:
         return step.apply(document)
     except NOT_OF_A_ROW:
         raise
-    except Exception as error:
+    except Exception as error:  # functions of other people raise anything over a row
         raise RowError(None, f"step {step.name}: {_said(error)}") from error
 
 

@@ -155,20 +155,18 @@ def _arrow(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        _ = reader.schema.names  # names that are not UTF-8 are damage, too
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             for start in range(0, batch.num_rows, batch_rows):
                 piece = batch.slice(start, batch_rows)
                 yield table_batches(piece, name=name, first=number)
                 number += piece.num_rows
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, MemoryError) as error:
         raise UserError(f"{name}: damaged Arrow file after row {number - 1}: {_first_line(error)}") from None
 
 
 def _avro(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
-    import struct
-    import zlib
-
     import fastavro
 
     number = 0
@@ -182,7 +180,7 @@ def _avro(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
             number += len(some)
     except UserError:
         raise
-    except (ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, OverflowError) as error:
+    except Exception as error:  # the library checks little, and stumbles over damage in every way
         raise UserError(f"{name}: damaged Avro file after row {number} or later: {_first_line(error)}") from None
 
 
@@ -208,7 +206,7 @@ def _yaml(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
         raise UserError(f"{name}: {fault}")
     try:
         row = yaml.safe_load(content.decode("utf-8-sig"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     collector = Collector(name)
     if isinstance(row, dict):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -40,14 +41,20 @@ def read_puzzles(unit: Unit, batch_rows: int) -> Iterator[RowBatch]:
 
 def _puzzles(kinds: list[str], *, rows: int, seed: int) -> Iterator[Row]:
     """Item i of a kind is made from seed + i, so only distant seeds give other puzzles."""
-    import reasoning_gym
-
     each = -(-rows // len(kinds))
-    asked = [(kind.partition("?")[0], dict(parse_qsl(kind.partition("?")[2]))) for kind in kinds]
-    made = [
-        reasoning_gym.create_dataset(name, size=each, seed=seed, **{key: int(value) for key, value in options.items()})
-        for name, options in asked
-    ]
+    made = [_made(kind, size=each, seed=seed) for kind in kinds]
+    names = [kind.partition("?")[0] for kind in kinds]
     for number in range(rows):
         item = made[number % len(kinds)][number // len(kinds)]
-        yield {"kind": asked[number % len(kinds)][0], "question": item["question"], "answer": item["answer"]}
+        yield {"kind": names[number % len(kinds)], "question": item["question"], "answer": item["answer"]}
+
+
+def _made(kind: str, *, size: int, seed: int) -> Any:
+    import reasoning_gym
+
+    name, _, options = kind.partition("?")
+    try:
+        numbers = {option: int(value) for option, value in parse_qsl(options)}
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **numbers)
+    except (ValueError, TypeError, AssertionError) as error:  # as the library tells of an unknown name or option
+        raise UserError(f"{GYM}{kind}: cannot be made: {error}") from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlllm.data.location import list_files
 from controlllm.errors import UserError
 
 _FORM = re.compile(r"hf://(?P<path>[^@:#]+)(@(?P<revision>[^:#]+))?(:(?P<config>[^#]+))?(#(?P<split>.+))?", re.DOTALL)
@@ -13,7 +14,11 @@ _FORM = re.compile(r"hf://(?P<path>[^@:#]+)(@(?P<revision>[^:#]+))?(:(?P<config>
 
 @dataclass(frozen=True)
 class HubSource:
-    """`hf://org/name@revision:config#split`; the path may be a folder: `hf:///folder#train`, `hf://./folder`."""
+    """`hf://org/name@revision:config#split`; the path may be a folder: `hf:///folder#train`, `hf://./folder`.
+
+    `hf://org/name/*.jsonl@revision` names files of a data set as they lie on the hub: for sets with a script or with
+    files of several kinds, which `datasets` does not read.
+    """
 
     path: str
     revision: str | None
@@ -24,6 +29,11 @@ class HubSource:
     def is_folder(self) -> bool:
         return self.path.startswith(("/", "."))
 
+    @property
+    def pattern(self) -> str:
+        """Of the files on the hub, where the source names files."""
+        return "" if self.is_folder else "/".join(self.path.split("/")[2:])
+
     @classmethod
     def of(cls, source: str) -> "HubSource":
         found = _FORM.fullmatch(source)
@@ -32,7 +42,9 @@ class HubSource:
         made = cls(**{key: found[key] for key in ("path", "revision", "config", "split")})
         if made.split and not re.fullmatch(r"\w+(\.\w+)*", made.split):
             raise UserError(f"{source}: '#{made.split}' must be the name of one split; for a part of it set rows")
-        if not made.is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", made.path):
+        if made.pattern and (made.config or made.split):
+            raise UserError(f"{source}: names files, which have no :config and no #split")
+        if not made.is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+(/.+)?)?", made.path):
             raise UserError(
                 f"{source}: '{made.path}' is no name on the hub; a folder is written hf:///folder or hf://./folder"
             )
@@ -42,6 +54,8 @@ class HubSource:
 def hub_files(source: str) -> list[str]:
     """The Arrow files of one split, from the hub's cache, or downloaded to it where there is a network."""
     found = HubSource.of(source)
+    if found.pattern:
+        return list_files(f"{_downloaded(source, found)}/{found.pattern}")
     data = _load(source, found)
     if isinstance(data, dict):
         data = _chosen(source, data)
@@ -51,10 +65,23 @@ def hub_files(source: str) -> list[str]:
     return [str(Path(file).absolute()) for file in files]
 
 
+def _downloaded(source: str, found: HubSource) -> str:
+    """The folder with the files that the source names, from the hub's cache or the hub."""
+    from huggingface_hub import snapshot_download
+
+    _quiet()
+    name = found.path.removesuffix(f"/{found.pattern}")
+    try:
+        return snapshot_download(name, repo_type="dataset", revision=found.revision, allow_patterns=found.pattern)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(_reason(source, found, error)) from None
+
+
 def _load(source: str, found: HubSource) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    _quiet()
     folder = Path(found.path)
     if found.is_folder and not folder.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -67,6 +94,13 @@ def _load(source: str, found: HubSource) -> Any:
         raise
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(_reason(source, found, error)) from None
+
+
+def _quiet() -> None:
+    """What goes wrong is told in one line at the end, and not at every try."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _load_dataset(source: str, found: HubSource) -> Any:

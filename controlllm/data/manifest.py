@@ -72,7 +72,7 @@ class Manifest:
 
 
 def list_source(source: str, *, unit_rows: int, rows: int | None = None, seed: int = 0) -> Manifest:
-    """The units of a source, in order of the files' names: the first is a quarter of `unit_rows` rows, to be there soon.
+    """The units of a source, in order of the files' names: the first has a quarter of `unit_rows`, to be there soon.
 
     `rows` takes only so many from the beginning, bad rows among them. `seed` is for procedural sources. A piece at a
     file's end that has less than half the rows that were wanted belongs to the one before it.

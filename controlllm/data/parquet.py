@@ -15,7 +15,8 @@ from controlllm.data.types import Unit
 from controlllm.errors import UserError
 
 HASH_BYTES = 1 << 22
-_DAMAGE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError)
+# A damaged footer can hold names that are not UTF-8 and sizes beyond any memory.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 
 
 @lru_cache(64)

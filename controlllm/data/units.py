@@ -175,8 +175,10 @@ def arrow_table(uri: str, version: str) -> "pa.Table":
         mapped = pa.memory_map(str(path))
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
-        return (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        table = (pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)).read_all()
+        _ = table.column_names  # names that are not UTF-8 are damage, too
+        return table
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{uri}: damaged Arrow file: {(str(error).splitlines() or [''])[0]}") from None
 
 

@@ -70,6 +70,15 @@ def test_a_field_that_a_function_looks_for_in_vain_is_named(kitchen, tiny_base, 
     contains(said, "mix.datasets.0 (theirs): ... a.jsonl:1: field 'txt': missing; the row has: text; did you mean")
 
 
+def test_a_step_whose_module_fails_is_named(kitchen, tiny_base, monkeypatch):
+    (kitchen.folder / "falls.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(kitchen.folder)
+    kitchen.recipe("a.jsonl", "text", tiny_base)
+    kitchen.write(FILE)
+    said = kitchen.refused("mix.datasets.0.preprocess=[{function: {path: 'falls:apart'}}]")
+    contains(said, "mix.datasets.0.preprocess: a step cannot be built: ZeroDivisionError")
+
+
 def patched(name: str, **values: Any) -> Callable[[Path], object]:
     """Changes to a JSON file of the model."""
 

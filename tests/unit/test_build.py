@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from controlllm.config import DatasetConfig, PackConfig
-from controlllm.data.build import make_job, make_units, prepare_dataset, unit_key
+from controlllm.data.build import make_job, make_units, prepare_dataset
 from controlllm.data.held_out import HeldOut
 from controlllm.data.manifest import list_source
 from controlllm.data.render import render
 from controlllm.data.shelf import StoredShelf
+from controlllm.data.workers import unit_key
 from controlllm.errors import UserError
 
-WORDS = "the a stone river Über 你好 runs, over <b>x</b> 12 and … again".split()
+WORDS = ["the", "a", "stone", "river", "Über", "你好", "runs,", "over", "<b>x</b>", "12", "and", "…", "again"]
 
 
 def chat(seed, turns=2):
@@ -187,7 +188,9 @@ def test_the_same_question_is_on_one_side_whoever_answers(prepared, tmp_path):
     made = prepared(source, validation_fraction=0.3)
     held_back = {n for *_, n in documents(prepared.shelf(made), "validation")}
     assert held_back
-    assert all((n - 1) % 2 == 0 and n + 1 in held_back or (n - 1) % 2 == 1 and n - 1 in held_back for n in held_back)
+    assert all(
+        ((n - 1) % 2 == 0 and n + 1 in held_back) or ((n - 1) % 2 == 1 and n - 1 in held_back) for n in held_back
+    )
 
 
 def test_repeated_and_measured_rows_are_left_out_and_counted(prepared, tmp_path):
@@ -246,7 +249,7 @@ def test_long_rows_are_counted(prepared, source, overlong):
     cut = {name: sum(unit["cut"].get(name, 0) for unit in made.units) for name in ("split", "truncated")}
     dropped = sum(unit["filtered"].get("overlong", 0) for unit in made.units)
     assert {"split": cut["split"], "truncate": cut["truncated"], "drop": dropped}[overlong] > 0
-    assert 300 == sum(unit["packed_documents"] for unit in made.units) + dropped
+    assert sum(unit["packed_documents"] for unit in made.units) + dropped == 300
 
 
 def test_a_dataset_without_a_row_left_says_what_took_them(prepared, source):

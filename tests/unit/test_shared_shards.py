@@ -48,8 +48,13 @@ def write(file):
 
 
 @pytest.fixture
-def prepare(tiny_base, source):
-    return lambda shards: make(tiny_base, source, shards)
+def job(tiny_base, source):
+    return job_of(tiny_base, source)
+
+
+@pytest.fixture
+def prepare(job):
+    return lambda shards: make(*job, shards)
 
 
 @pytest.fixture
@@ -65,8 +70,7 @@ def job_of(base, source):
     return make_job(dataset, manifest, tokenizer_folder=base, pack=pack), manifest
 
 
-def make(base, source, shards):
-    job, manifest = job_of(base, source)
+def make(job, manifest, shards):
     return prepare_dataset(job, manifest, shards=shards, workers=1)
 
 
@@ -94,10 +98,10 @@ def _together(barrier, log, told, *where):
     told.put(make(*where).units)
 
 
-def test_eight_processes_make_every_shard_once(tiny_base, source, reference, tmp_path):
+def test_eight_processes_make_every_shard_once(job, reference, tmp_path):
     barrier, told = PROCESSES.Barrier(8), PROCESSES.Queue()
-    where = (tiny_base, source, tmp_path / "shards")
-    builders = [PROCESSES.Process(target=_together, args=(barrier, tmp_path / "log", told, *where)) for _ in range(8)]
+    args = (barrier, tmp_path / "log", told, *job, tmp_path / "shards")
+    builders = [PROCESSES.Process(target=_together, args=args) for _ in range(8)]
     for builder in builders:
         builder.start()
     made = [told.get(timeout=100) for _ in builders]
@@ -110,7 +114,7 @@ def test_eight_processes_make_every_shard_once(tiny_base, source, reference, tmp
     assert hidden(tmp_path / "shards") == []
 
 
-WHERE = ("data/shard.py", "data/claims.py", "data/job.py", "fingerprint.py", "tempfile.py")
+WHERE = ("data/shard.py", "data/claims.py", "tempfile.py")
 
 
 def _counted(at, told, *where):
@@ -124,9 +128,8 @@ def _counted(at, told, *where):
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    job, manifest = job_of(*where[:2])
     sys.setprofile(watch)
-    prepare_dataset(job, manifest, shards=where[2], workers=1)
+    make(*where)
     sys.setprofile(None)
     told.send(count)
 
@@ -141,12 +144,12 @@ def _run(target, *args):
     return process, here.recv() if here.poll() and process.exitcode == 0 else None
 
 
-def test_a_builder_killed_at_any_instant_leaves_nothing_half_made(tiny_base, source, reference, prepare, tmp_path):
-    _, instants = _run(_counted, None, tiny_base, source, tmp_path / "counted")
+def test_a_builder_killed_at_any_instant_leaves_nothing_half_made(job, reference, prepare, tmp_path):
+    _, instants = _run(_counted, None, *job, tmp_path / "counted")
     left = Counter()
     for trial, at in enumerate(sorted(random.Random(1).sample(range(1, instants), 20))):
         folder = tmp_path / str(trial)
-        killed, _ = _run(_counted, at, tiny_base, source, folder)
+        killed, _ = _run(_counted, at, *job, folder)
         assert killed.exitcode == -signal.SIGKILL
         store = ShardStore(folder)
         seen = [store.facts(key) for key in store.keys()]  # noqa: SIM118 - a method of ours
@@ -176,17 +179,17 @@ def _nothing_half_written(folder, reference):
     assert hidden(folder) == []
 
 
-def test_no_room_is_one_line_and_the_same_command_goes_on(tiny_base, source, reference, prepare, tmp_path):
+def test_no_room_is_one_line_and_the_same_command_goes_on(job, reference, prepare, tmp_path):
     folder = tmp_path / "shards"
     sizes = sorted(unit["files"]["train"]["size"] for unit in reference)
-    _, said = _run(_limited, sizes[-1] - 1, tiny_base, source, folder)
+    _, said = _run(_limited, sizes[-1] - 1, *job, folder)
     assert said.startswith(f"{folder}: no room for a shard (File too large); free some, or set CONTROLLLM_SHARDS to ")
     assert "\n" not in said
     _nothing_half_written(folder, reference)
     assert prepare(folder).units == reference
 
 
-def test_a_full_disk(tiny_base, source, reference, prepare, tmp_path):
+def test_a_full_disk(reference, prepare, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -388,7 +391,7 @@ def test_the_cache_commands_there(prepare, bucket, pod, reference, capsys):
     ])  # fmt: skip
     assert cache("prune", "--older-than", "1h", "--yes") == "0 entries, 0 B: removed\n"
     cache("prune", "--older-than", "0d", "--yes")
-    assert objects(bucket) == {}
+    assert ShardStore(bucket).files() == {}
 
 
 def test_a_server_that_is_down_is_not_an_empty_store(prepare, bucket, pod, monkeypatch):
