@@ -143,7 +143,8 @@ def test_what_changes_tokens_changes_every_key(prepared, source, change):
 
 @pytest.mark.parametrize("change", [
     {"max_bad_rows": 0.5}, {"streaming": True}, {"tokenizer": "transformers"},
-    {"dataset": {"name": "b"}}, {"dataset": {"epochs": 2.0}}, {"dataset": {"weight": 2.0}}, {"dataset": {"dedup": True}},
+    {"dataset": {"name": "b"}}, {"dataset": {"epochs": 2.0}}, {"dataset": {"weight": 2.0}},
+    {"dataset": {"dedup": True}},
 ])  # fmt: skip
 def test_what_changes_no_token_changes_no_key(prepared, source, change):
     assert keys(prepared, source) == keys(prepared, source, **change)
@@ -181,10 +182,10 @@ def test_validation_never_meets_training_and_stays_when_rows_are_added(prepared,
 
 
 def test_the_same_question_is_on_one_side_whoever_answers(prepared, tmp_path):
-    source = write(tmp_path / "twice.jsonl", [
-        {"messages": [{"role": "user", "content": f"question {i // 2}"}, {"role": "assistant", "content": f"answer {i}"}]}
-        for i in range(200)
-    ])  # fmt: skip
+    def asked(i):
+        return [{"role": "user", "content": f"question {i // 2}"}, {"role": "assistant", "content": f"answer {i}"}]
+
+    source = write(tmp_path / "twice.jsonl", [{"messages": asked(i)} for i in range(200)])
     made = prepared(source, validation_fraction=0.3)
     held_back = {n for *_, n in documents(prepared.shelf(made), "validation")}
     assert held_back
