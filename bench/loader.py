@@ -2,8 +2,7 @@
 
 python bench/loader.py [--rows 20000000] [--unit-rows 65536] [--context-length 8192]
 
-The index is of real size and every shard a real file; all of them are hard links of one, so that the disk is not full of
-random numbers. Each part runs in a process of its own, and times begin after the imports.
+The index is of real size and every shard a real file; all of them are hard links of one, which spares the disk. Each part runs in a process of its own, and times begin after the imports.
 """
 
 import argparse
@@ -100,7 +99,8 @@ PARTS = {"open": open_rows, "read": read_rows}
 
 
 def start(part: str, *arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, "--work", part, *map(str, arguments)])
+    command = [sys.executable, __file__, "--work", part, *map(str, arguments)]
+    return subprocess.Popen(command)  # noqa: S603 - this file
 
 
 def run(part: str, *arguments: object) -> None:

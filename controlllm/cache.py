@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from controlllm.data.claims import is_abandoned
 from controlllm.data.prepared import shard_root
-from controlllm.data.shard import Facts, ShardStore, file_name
+from controlllm.data.shard import Facts, file_name
+from controlllm.data.shard_store import ShardStore
 from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file
 from controlllm.progress import track

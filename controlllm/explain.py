@@ -7,7 +7,7 @@ from typing import Any
 
 from controlllm.config import DatasetConfig, RunConfig
 from controlllm.data.prepared import open_job, shard_root
-from controlllm.data.shard import ShardStore
+from controlllm.data.shard_store import ShardStore
 from controlllm.errors import UserError
 from controlllm.store import Miss, differences, dry_run
 

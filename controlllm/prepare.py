@@ -20,8 +20,11 @@ class Piece(Config):
     """Units [first, last) of a dataset of the mix, which one pod makes."""
 
     dataset: int
+    """Its place in the mix."""
     first: int
+    """Place of the first unit."""
     last: int
+    """Place behind the last one."""
 
 
 def pieces(data: Path, mix: MixConfig, pack: PackConfig) -> list[Piece]:

@@ -12,9 +12,11 @@ import numpy as np
 from controlllm.config import DatasetConfig, PackConfig
 from controlllm.data.held_out import HeldOut
 from controlllm.data.job import Job, rows_to_drop
+from controlllm.data.location import shown
 from controlllm.data.manifest import Manifest, read_unit
 from controlllm.data.render import Renderer
-from controlllm.data.shard import Facts, ShardStore
+from controlllm.data.shard import Facts
+from controlllm.data.shard_store import ShardStore
 from controlllm.data.types import Documents, Unit
 from controlllm.data.workers import build_units, unit_key, unit_keys_in_order, worker_count
 from controlllm.errors import UserError
@@ -65,7 +67,7 @@ def make_job(
     """Loads the tokenizer and proves the fast paths on the first rows. Raises UserError for a dataset without rows."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     template = Path(pack.chat_template).read_text() if pack.chat_template else None
     renderer = Renderer(
         tokenizer, targets=pack.targets, date=pack.date, chat_template=template, tokenizer_mode=pack.tokenizer
@@ -135,6 +137,7 @@ def make_units(
     missing: list[int] = []
     for number in numbers:
         if (facts := store.facts(unit_key(job, number, units[number]))) is not None:
+            store.used(facts["key"])
             yield number, facts, False
         else:
             missing.append(number)
@@ -170,10 +173,12 @@ def check_units(job: Job, units: Sequence[Facts]) -> None:
             f"{name}: {first['file']}:{first['row']}: {field}{first['reason']} ({bad} of {rows} rows cannot be used; "
             f"pack.max_bad_rows allows a share of {job.pack.max_bad_rows:g})"
         )
-    if not any("train" in unit["files"] for unit in units):
+    if not any(unit["files"].get("train", {}).get("bins") for unit in units):
         left_out = sum((Counter(unit["filtered"]) for unit in units), Counter())
-        why = ", ".join(f"{n}: {count}" for n, count in left_out.items()) or "the source has none"
-        raise UserError(f"{name}: no row is left to train on ({rows} rows; left out: {why})")
+        left_out |= {"validation": sum(u["files"].get("validation", {}).get("documents", 0) for u in units), "bad": bad}
+        why = ", ".join(f"{n}: {count}" for n, count in left_out.items() if count)
+        where = f"{rows} rows; left out: {why}" if rows else f"{shown(job.reader.source)} has none"
+        raise UserError(f"{name}: no row is left to train on ({where})")
 
 
 def _size(unit: Unit) -> int:

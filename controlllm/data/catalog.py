@@ -5,13 +5,13 @@ Another package adds its own under the entry point group `controlllm.datasets`, 
 
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import entry_points
 
 from controlllm.config import DatasetConfig
 from controlllm.data import builtin
 from controlllm.data.dataset import CATALOG, Dataset, assistant, dataset, register, user
 from controlllm.data.forms import FORMS, form_names
 from controlllm.data.messages import hint
+from controlllm.data.plugins import load_plugins
 from controlllm.errors import UserError
 
 __all__ = [
@@ -79,5 +79,4 @@ def _nearest(name: str, known: list[str]) -> str:
 
 @cache
 def _load_plugins() -> None:
-    for point in entry_points(group="controlllm.datasets"):
-        point.load()
+    load_plugins("controlllm.datasets")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 YOUNG_SECONDS = 60.0
 REFRESH_SECONDS = 10.0
+UNSIGNED_SECONDS = 2.0
+"""Age of a claim without a name in it, whose owner was killed while it made it."""
 
 
 @contextmanager
@@ -35,9 +37,10 @@ def claimed(file: Path) -> Iterator[bool]:
 
 def is_abandoned(file: Path) -> bool:
     """Too old, or of a process of this machine that has ended."""
-    if time.time() - file.stat().st_mtime > YOUNG_SECONDS:
-        return True
+    age = time.time() - file.stat().st_mtime
     host, _, process = file.read_text().partition(" ")
+    if age > (YOUNG_SECONDS if process else UNSIGNED_SECONDS):
+        return True
     if host != socket.gethostname() or not process.isdigit():
         return False
     try:

@@ -139,7 +139,7 @@ class Filling:
             "packed_documents": self.packed,
             "filtered": filtered,
             "bad_rows": self.bad_rows,
-            "bad": [asdict(row) for row in self.bad],
+            "bad": [asdict(row) for row in sorted(self.bad, key=lambda row: row.row)],
             "cut": {name: count for name, count in sorted(self.cuts.items()) if count},
             "tokenizer": self.job.renderer.facts()["tokenizer"],
             "lengths": {str(1 << power): int(self.lengths[power]) for power in np.flatnonzero(self.lengths).tolist()},

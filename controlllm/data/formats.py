@@ -181,7 +181,7 @@ def _avro(stream: Any, name: str, batch_rows: int) -> Iterator[RowBatch]:
     except UserError:
         raise
     except Exception as error:  # the library checks little, and stumbles over damage in every way
-        raise UserError(f"{name}: damaged Avro file after row {number} or later: {_first_line(error)}") from None
+        raise UserError(f"{name}: damaged Avro file after row {number} or later: {_first_line(error)}") from error
 
 
 def _numbered(name: str, first: int, rows: list[Row]) -> RowBatch:

@@ -60,7 +60,7 @@ class Job:
     """Row numbers to leave out, by the unit's place: equal documents stand before them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("reader", "steps", "inputs")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("reader", "steps")}
 
     tokenizer: str = ""
     """Hash of the tokenizer and its chat template."""

@@ -32,9 +32,9 @@ def kind_of(uri: str) -> str:
     if kind not in (*REMOTE, "hf", "file", "pkg", GYM.removesuffix("://")):
         raise UserError(f"{shown(uri)}: this kind of source is not known; known: {KNOWN}")
     if _PASSWORD.match(uri):
-        raise UserError(
-            f"{shown(uri)}: a password in an address ends in logs; {_SECRETS.get(kind, 'leave it out of the address')}"
-        )
+        address = shown(uri).removeprefix(f"{kind}://").partition("/")[0]
+        way_out = _SECRETS.get(kind, "leave it out")
+        raise UserError(f"{kind}://{address}: a password in an address ends in logs; {way_out}")
     return kind
 
 

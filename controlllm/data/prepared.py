@@ -9,7 +9,8 @@ from typing import Any
 
 from controlllm.config import DatasetConfig, PackConfig
 from controlllm.data.manifest import Manifest
-from controlllm.data.shard import ShardStore, file_name
+from controlllm.data.shard import file_name
+from controlllm.data.shard_store import ShardStore
 from controlllm.store import store_root
 
 Json = dict[str, Any]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from controlllm.data.shard import BATCH_ROWS, Facts, ShardStore, batch_hash, file_name
+from controlllm.data.shard import BATCH_ROWS, Facts, batch_hash, file_name
+from controlllm.data.shard_store import ShardStore
 from controlllm.errors import UserError
 from controlllm.progress import console
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from controlllm.data.messages import hint, kind
+from controlllm.data.plugins import load_plugins
 from controlllm.errors import UserError
 from controlllm.fingerprint import digest, source_hash, version
 
@@ -185,5 +185,4 @@ def _load() -> None:
     """The built-in steps, and those of other packages."""
     import controlllm.data.builtin_steps  # noqa: F401 - registers them
 
-    for point in entry_points(group="controlllm.steps"):
-        point.load()
+    load_plugins("controlllm.steps")

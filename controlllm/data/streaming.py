@@ -5,8 +5,10 @@
 """
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -20,6 +22,7 @@ from controlllm.data.shelf import GrowingShelf, Shelf
 from controlllm.errors import UserError, one_line
 from controlllm.fingerprint import sync
 
+MAKER = ["-m", "controlllm.data.streaming"]
 FIRST_TURN = 1
 """Units of each dataset that are made before the second of any; then twice as many, and so on."""
 
@@ -52,26 +55,60 @@ def shards_being_made(shards: Path, base: Path, mix: MixConfig, *, growing: Path
     growing.mkdir(parents=True, exist_ok=True)
     for failed in growing.glob("*/failed.json"):
         failed.unlink()
-    command = [sys.executable, "-m", "controlllm.data.streaming", str(shards), str(base), str(growing), str(mix.seed)]
-    with (growing / "log.txt").open("w") as log:
-        maker = subprocess.Popen([*command, mix.order], stderr=log)  # noqa: S603 - our own module
-        try:
-            yield
-            maker.wait()
-        finally:
-            maker.terminate()
-            maker.wait()
-    for dataset in mix.datasets:
-        if (failed := growing / dataset.name / "failed.json").exists():
-            raise UserError(json.loads(failed.read_text())["error"])
-    if maker.returncode:
-        raise UserError(f"the process that makes the shards ended with {maker.returncode}; see {growing / 'log.txt'}")
+    maker = _Maker([str(shards), str(base), str(growing), str(mix.seed), mix.order], growing, mix)
+    try:
+        yield
+        maker.wait()
+    finally:
+        maker.stop()
+    maker.check()
+
+
+class _Maker:
+    """The process that makes the shards. Its death is told to all who wait for them, in this process or another."""
+
+    def __init__(self, arguments: list[str], growing: Path, mix: MixConfig):
+        self.growing, self.names, self.stopped = growing, [dataset.name for dataset in mix.datasets], False
+        with (growing / "log.txt").open("w") as log:
+            self.process = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, *MAKER, *arguments], stderr=log
+            )
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def wait(self) -> None:
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.process.terminate()
+        self.process.wait()
+
+    def check(self) -> None:
+        """Raise UserError with what it died of."""
+        if self.process.returncode:
+            raise UserError(self._failure() or self._death())
+
+    def _watch(self) -> None:
+        self.process.wait()
+        if self.process.returncode and not self.stopped and not self._failure():
+            _tell(self.growing, self.names, self._death())
+
+    def _failure(self) -> str | None:
+        told = [file for name in self.names if (file := self.growing / name / "failed.json").exists()]
+        return json.loads(told[0].read_text())["error"] if told else None
+
+    def _death(self) -> str:
+        return (
+            f"the process that makes the shards ended with {self.process.returncode}, "
+            f"most likely killed for want of memory; see {self.growing / 'log.txt'}"
+        )
 
 
 def make(plan: Path, base: Path, folder: Path, *, seed: int, order: str) -> None:
     """All shards of all datasets, in turns that grow."""
     from controlllm.data.build import check_units, find_duplicates, make_units, renderer_facts
 
+    trainer = os.getppid()
     pack = pack_of(plan)
     datasets = [DatasetConfig.model_validate(d) for d in json.loads((plan / "plan.json").read_text())]
     jobs: dict[str, Any] = {}
@@ -82,6 +119,8 @@ def make(plan: Path, base: Path, folder: Path, *, seed: int, order: str) -> None
             find_duplicates(*jobs[name])
         job, manifest = jobs[name]
         for unit, facts, _ in make_units(job, manifest, units, shards=shard_root()):
+            if os.getppid() != trainer:  # nobody waits any more
+                return
             found[name][unit] = facts
             _write(folder / name / "units" / f"{unit}.json", facts)
     for name, (job, manifest) in jobs.items():
@@ -111,6 +150,11 @@ def _turns(
         turn *= growth
 
 
+def _tell(folder: Path, names: Sequence[str], error: str) -> None:
+    for name in names:
+        _write(folder / name / "failed.json", {"error": error})
+
+
 def _write(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -123,8 +167,8 @@ def main(plan: str, base: str, folder: str, seed: str, order: str) -> int:
     try:
         make(Path(plan), Path(base), Path(folder), seed=int(seed), order=order)
     except Exception as error:
-        for dataset in json.loads((Path(plan) / "plan.json").read_text()):
-            _write(Path(folder) / dataset["name"] / "failed.json", {"error": one_line(error)})
+        datasets = json.loads((Path(plan) / "plan.json").read_text())
+        _tell(Path(folder), [dataset["name"] for dataset in datasets], one_line(error))
         if not isinstance(error, UserError):
             raise
         return 1

@@ -1,20 +1,22 @@
 """Units to shards in several processes, forked from one that has imported everything once."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import groupby, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
 
 from controlllm.data.job import Job
 from controlllm.data.manifest import read_units
-from controlllm.data.shard import Facts, ShardStore
+from controlllm.data.shard import Facts
+from controlllm.data.shard_store import ShardStore
 from controlllm.data.types import Unit
 from controlllm.errors import UserError
 from controlllm.fingerprint import content_of
@@ -76,6 +78,7 @@ def _tasks(units: Sequence[Unit], numbers: list[int]) -> list[list[int]]:
 @contextmanager
 def _processes(workers: int, job: Job, shards: str, units: Sequence[Unit]) -> Iterator[ProcessPoolExecutor]:
     """Forked from a fresh process without threads, that has imported everything once."""
+    assert job.inputs, "hashed once, and not by every process"
     context = get_context("forkserver")
     context.set_forkserver_preload(["controlllm.data.workers", "transformers.tokenization_utils_fast"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job, shards, list(units)))
@@ -112,7 +115,16 @@ _here: tuple[Job, str, list[Unit]] | None = None
 
 def _start(job: Job, shards: str, units: list[Unit]) -> None:
     global _here
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _here = (job, shards, units)
+
+
+def _leave_with_parent() -> None:
+    """A parent that is killed leaves queues on which its processes would wait for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(numbers: list[int]) -> list[tuple[int, Facts]]:

@@ -106,6 +106,7 @@ def _data(folder: Path, world: World, base: Path, shards: Path, mix: MixConfig) 
 
     growing = folder / "data"
     with shards_being_made(shards, base, mix, growing=growing) if world.is_main else nullcontext():
+        world.barrier()  # what an earlier try left is out of the way
         yield Mix(open_shelves(shards, mix, growing=growing), mix, pack_of(shards))
     world.barrier()
     if world.is_main and is_plan(shards):

@@ -11,7 +11,8 @@ import pytest
 from bad_data import RECIPE
 
 from controlllm.cli import main
-from controlllm.data.shard import ShardStore, file_name
+from controlllm.data.shard import file_name
+from controlllm.data.shard_store import ShardStore
 from controlllm.data.shelf import Shelf
 
 

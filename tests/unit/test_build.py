@@ -270,3 +270,12 @@ def test_an_error_in_a_process_is_the_callers(prepared, tmp_path):
     made[250] = {"messages": chat(1, turns=200)}
     with pytest.raises(UserError, match=r"a\.jsonl:251: \d+ tokens do not fit"):
         prepared(write(tmp_path / "a.jsonl", made), workers=2)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"overlong": "drop", "context_length": 16}, r"300 rows; left out: overlong: 300"),
+    ({"validation_fraction": 0.9999}, r"300 rows; left out: validation: 300"),
+])  # fmt: skip
+def test_nothing_left_is_an_error_whatever_took_it(prepared, source, settings, says):
+    with pytest.raises(UserError, match=says):
+        prepared(source, **settings)

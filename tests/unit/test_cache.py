@@ -14,7 +14,8 @@ from controlllm import fingerprint, pipeline
 from controlllm.cache import parse_days
 from controlllm.cli import main
 from controlllm.config import load_config
-from controlllm.data.shard import ShardStore, ShardWriter, file_name
+from controlllm.data.shard import ShardWriter, file_name
+from controlllm.data.shard_store import ShardStore
 from controlllm.errors import UserError
 from controlllm.store import deliver_to
 
@@ -334,9 +335,11 @@ def test_an_age(text, days):
 def test_many_shards_are_a_few_lines(capsys, home):
     store = ShardStore(home / "cache" / "shards")
     some = store.facts(store.keys()[0])
+    assert some is not None
     for number in range(300):
         key = f"{number:016x}"
         with store.writing(key) as partial:
+            assert partial is not None
             files = {"train": ShardWriter(partial / file_name(key, "train"), vocabulary=256).close()}
             unit = {"uri": f"/data/part-{number % 50}.jsonl"}
             store.publish(key, partial, some | {"key": key, "unit": unit, "rows": 10, "files": files})

@@ -1,5 +1,7 @@
 """Rows become documents: the same by columns as row by row, every row accounted for, every reason exact."""
 
+from importlib.metadata import EntryPoint
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,6 +13,7 @@ from controlllm.data.catalog import find_dataset
 from controlllm.data.dataset import Dataset
 from controlllm.data.documents import documents
 from controlllm.data.keys import content_keys
+from controlllm.data.plugins import load_plugins
 from controlllm.data.steps import Step, build_steps
 from controlllm.data.types import BadRow, RowBatch
 from controlllm.errors import UserError
@@ -228,3 +231,11 @@ def trip(document):
     if document == "bad":
         raise ValueError("cannot")
     return document
+
+
+@pytest.mark.parametrize("group", ["controlllm.datasets", "controlllm.steps"])
+def test_a_package_whose_plugin_cannot_be_imported_is_named(group, monkeypatch):
+    point = EntryPoint("theirs", "no_such_module:name", group)
+    monkeypatch.setattr("controlllm.data.plugins.entry_points", lambda group: [point])
+    with pytest.raises(UserError, match=rf"'theirs' \(no_such_module:name\) under {group}, which cannot be imported"):
+        load_plugins(group)

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from controlllm.data.job import Job
 from controlllm.data.location import file_system
 from controlllm.data.manifest import list_source
 from controlllm.data.prepared import write_index
-from controlllm.data.shard import ShardStore
+from controlllm.data.shard_store import ShardStore
 from controlllm.data.shelf import Shelf, StoredShelf
 from controlllm.errors import UserError
 
@@ -54,7 +55,7 @@ def job(tiny_base, source):
 
 @pytest.fixture
 def prepare(job):
-    return lambda shards: make(*job, shards)
+    return lambda shards: make(job[0], job[1], shards)
 
 
 @pytest.fixture
@@ -63,14 +64,14 @@ def reference(prepare, tmp_path):
     return prepare(tmp_path / "alone").units
 
 
-def job_of(base, source):
+def job_of(base, source) -> tuple[Any, Any]:
     pack = PackConfig(context_length=512, unit_rows=24)
     manifest = list_source(str(source), unit_rows=pack.unit_rows)
     dataset = DatasetConfig(name="a", source=str(source), format="messages")
     return make_job(dataset, manifest, tokenizer_folder=base, pack=pack), manifest
 
 
-def make(job, manifest, shards):
+def make(job: Any, manifest: Any, shards: Any) -> Any:
     return prepare_dataset(job, manifest, shards=shards, workers=1)
 
 
@@ -93,7 +94,7 @@ def _together(barrier, log, told, *where):
             stream.write(f"{number}\n")
         return real(job, number, *args)
 
-    Job.build = logged
+    Job.build = logged  # type: ignore[assignment] - in a process of its own
     barrier.wait()
     told.put(make(*where).units)
 
@@ -114,7 +115,7 @@ def test_eight_processes_make_every_shard_once(job, reference, tmp_path):
     assert hidden(tmp_path / "shards") == []
 
 
-WHERE = ("data/shard.py", "data/claims.py", "tempfile.py")
+WHERE = ("data/shard_store.py", "data/shard.py", "data/claims.py", "tempfile.py")
 
 
 def _counted(at, told, *where):
@@ -134,7 +135,7 @@ def _counted(at, told, *where):
     told.send(count)
 
 
-def _run(target, *args):
+def _run(target: Any, *args: Any) -> tuple[Any, Any]:
     """The process, after it ended, and what it told."""
     here, there = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=target, args=(args[0], there, *args[1:]))
@@ -397,5 +398,6 @@ def test_the_cache_commands_there(prepare, bucket, pod, reference, capsys):
 def test_a_server_that_is_down_is_not_an_empty_store(prepare, bucket, pod, monkeypatch):
     pod("one")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match=r"s3://.*: cannot be reached: "):
         prepare(bucket)

@@ -62,7 +62,11 @@ def test_held_out_questions_are_left_out_of_any_data(recipe, store, tmp_path, mo
 
 
 def stats(store: Path) -> dict:
-    return json.loads((only(store, "prepare") / "stats.json").read_text())
+    return stats_of(only(store, "prepare"))
+
+
+def stats_of(folder: Path) -> dict:
+    return json.loads((folder / "stats.json").read_text())
 
 
 def test_rows_in_are_rows_out(recipe, store):
@@ -94,6 +98,19 @@ def test_streaming_makes_the_shards_itself_and_says_what_goes_wrong(recipe, stor
     own = f"mix.datasets=[{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion}}]"
     with pytest.raises(UserError, match=r"own\.jsonl:2: field 'completion'"):
         pipeline.run(load_config(recipe, own, "pack.streaming=true"), until="train")
+
+
+def test_a_maker_that_is_killed_ends_the_training_that_waits_for_it(recipe, store, monkeypatch):
+    """And the same command goes on afterwards."""
+    changes = ("pack.streaming=true", "mix.datasets.0.weight=1")
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr("controlllm.data.streaming.MAKER", ["-c", killed])
+    with pytest.raises(UserError, match="the process that makes the shards ended with -9"):
+        pipeline.run(load_config(recipe, *changes), until="train")
+    monkeypatch.undo()
+    monkeypatch.setenv("CONTROLLLM_CACHE", str(store))
+    pipeline.run(load_config(recipe, *changes), until="train")
+    assert stats_of(only(store, "train"))["rows"] == 40
 
 
 def test_consolidated_is_trained(recipe, store):
