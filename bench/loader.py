@@ -2,7 +2,8 @@
 
 python bench/loader.py [--rows 20000000] [--unit-rows 65536] [--context-length 8192]
 
-The index is of real size and every shard a real file; all of them are hard links of one, which spares the disk. Each part runs in a process of its own, and times begin after the imports.
+The index is of real size and every shard a real file; all of them are hard links of one, which spares the
+disk. Each part runs in a process of its own, and times begin after the imports.
 """
 
 import argparse

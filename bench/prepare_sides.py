@@ -4,15 +4,17 @@ python bench/prepare_sides.py ours|first|peer|packing ROWS TOKENIZER OUTPUT CONT
 """
 
 import json
-import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.compute as pc
 
 from controlllm.config import DatasetConfig, PackConfig
@@ -41,9 +43,14 @@ class Job:
 
 
 class Clock:
-    """CPU seconds of this process and its ended children, and wall seconds, since its making."""
+    """CPU seconds of this process and of all that it starts, however they are forked, and wall seconds.
+
+    Other processes are looked at every 20 ms: what one does in its last moments is missed, on either side.
+    """
 
     def __init__(self) -> None:
+        self.others: dict[int, float] = {}
+        threading.Thread(target=self._watch, daemon=True).start()
         self.began = self._now()
 
     def read(self) -> Result:
@@ -51,8 +58,15 @@ class Clock:
         return {"cpu": cpu, "wall": wall}
 
     def _now(self) -> tuple[float, float]:
-        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(use.ru_utime + use.ru_stime for use in usage), time.perf_counter()
+        return time.process_time() + sum(self.others.values()), time.perf_counter()
+
+    def _watch(self) -> None:
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    self.others[process.pid] = times.user + times.system
+            time.sleep(0.02)
 
 
 def our_job(job: Job) -> tuple[Any, Any]:
@@ -73,7 +87,7 @@ def run_ours(job: Job) -> Result:
     from controlllm.data.build import prepare_dataset
 
     clock = Clock()
-    made = prepare_dataset(*our_job(job), shards=job.output / "shards", workers=WORKERS)
+    made = prepare_dataset(*our_job(job), shards=job.output / "shards")
     padding = 1 - made.tokens / made.packed_rows / job.context
     counts = {"tokens": made.tokens, "targets": made.total("targets"), "bins": made.packed_rows, "padding": padding}
     return clock.read() | counts
@@ -81,15 +95,18 @@ def run_ours(job: Job) -> Result:
 
 def run_first(job: Job) -> Result:
     """The first unit of the whole listing, as training begins while the others are made."""
+    from transformers import AutoTokenizer  # noqa: F401 - as in run_ours
+
     from controlllm.data.build import make_units
     from controlllm.data.loader import collate
     from controlllm.data.shelf import StoredShelf
 
+    clock = Clock()
     ours, manifest = our_job(job)
     shards = str(job.output / "shards")
     _, facts, _ = next(make_units(ours, manifest, [0], shards=shards, workers=1))
     batch = collate([StoredShelf("chat", [facts], shards).read(0, 0)])
-    return {"at": time.time(), "tokens": batch.tokens}
+    return clock.read() | {"tokens": batch.tokens}
 
 
 def run_peer(job: Job) -> Result:

@@ -141,7 +141,7 @@ def make_units(
             yield number, facts, False
         else:
             missing.append(number)
-    for number, facts in build_units(job, units, missing, str(shards), workers or worker_count()):
+    for number, facts in build_units(job, units, missing, str(shards), workers):
         yield number, facts, True
 
 

@@ -51,7 +51,9 @@ class Plan:
         """Rows for which the template might do something else; `columns[m]` are the contents of message m."""
         rows: set[int] = set()
         for column in columns:
-            rows.update(i for i, content in enumerate(column) if not content or content.isspace())
+            rows.update(i for i, blank in enumerate(map(str.isspace, column)) if blank)
+            if "" in column:
+                rows.update(i for i, content in enumerate(column) if not content)
             together = "\0".join(column)
             for string in self.strings:
                 if string in together:
@@ -152,4 +154,9 @@ def _place(at: int, cuts: Sequence[tuple[int, int]], text: str) -> tuple[int, in
 
 
 def utf8_lengths(column: Sequence[str]) -> np.ndarray:
-    return np.fromiter((len(c) if c.isascii() else len(c.encode()) for c in column), np.int64, len(column))
+    """(texts,) bytes of each."""
+    lengths = np.fromiter(map(len, column), np.int64, len(column))
+    for i, ascii_only in enumerate(map(str.isascii, column)):
+        if not ascii_only:
+            lengths[i] = len(column[i].encode())
+    return lengths

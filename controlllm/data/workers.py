@@ -24,6 +24,8 @@ from controlllm.fingerprint import content_of
 # The tokenizers' own threads would stand in the way of the processes.
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
+WORTH_PROCESSES_SECONDS = 8.0
+"""Of work: less is done before processes have started."""
 TOGETHER = 8
 """Units of one row group that a process makes in one pass over it."""
 
@@ -44,19 +46,33 @@ def unit_key(job: Job, number: int, unit: Unit) -> str:
 
 
 def build_units(
-    job: Job, units: Sequence[Unit], missing: list[int], shards: str, workers: int
+    job: Job, units: Sequence[Unit], missing: list[int], shards: str, workers: int | None
 ) -> Iterator[tuple[int, Facts]]:
-    """Units as they are made: the first here, so that someone who waits for it does not wait for processes to start."""
+    """Units as they are made: the first here, so that someone who waits for it does not wait for processes to start.
+
+    Without `workers` there are as many as `worker_count` says, if the first unit shows that they are worth starting.
+    """
     if not missing:
         return
-    yield from _make(job, shards, units, missing[:1])
+    began = time.perf_counter()
+    first = list(_make(job, shards, units, missing[:1]))
+    seconds = time.perf_counter() - began
+    yield from first
     tasks = _tasks(units, missing[1:])
+    if workers is None:
+        left = seconds * sum(_weight(units[n]) for n in missing[1:]) / _weight(units[missing[0]])
+        workers = worker_count() if left > WORTH_PROCESSES_SECONDS else 1
     if workers == 1 or len(tasks) < 2:
         for task in tasks:
             yield from _make(job, shards, units, task)
         return
     with _processes(workers, job, shards, units) as pool:
         yield from _as_made(pool, tasks)
+
+
+def _weight(unit: Unit) -> int:
+    """Rows where they are known, else bytes."""
+    return unit.rows or max(unit.end - unit.start, 1)
 
 
 def _tasks(units: Sequence[Unit], numbers: list[int]) -> list[list[int]]:

@@ -113,8 +113,10 @@ class _Block:
 
     def __init__(self, documents: Documents, index: np.ndarray):
         self.documents, self.index = documents, index
-        whole = np.fromiter((i in documents.whole for i in index.tolist()), bool, len(index))
-        self.shape = np.where(whole, -1, documents.shape[index])
+        self.shape = documents.shape[index]
+        if documents.whole:
+            whole = np.fromiter((i in documents.whole for i in index.tolist()), bool, len(index))
+            self.shape = np.where(whole, -1, self.shape)
         self.texts: list[str | None] = [None] * len(index)
         self.sizes = np.zeros(len(index), np.int64)
         self.plain = np.zeros(len(index), bool)
