@@ -56,7 +56,12 @@ def _options(
 
 
 def ingest(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|SOURCE", help="A recipe; or a dataset, to copy it.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|SOURCE", help="A recipe; or a dataset, to copy it (a name of the catalog, too)."
+        ),
+    ],
     overrides: Overrides = None,
     to: Annotated[str | None, typer.Option("--to", metavar="FOLDER", help="Where a dataset is copied to.")] = None,
 ) -> None:
@@ -75,9 +80,10 @@ def ingest(
         return
     if overrides:
         raise UserError(f"{overrides[0]}: a copy takes no settings of a recipe")
+    from controlllm.data.catalog import CATALOG, dataset_names
     from controlllm.transfer import transfer
 
-    transfer(recipe, to)
+    transfer(CATALOG[recipe].source if recipe in dataset_names() else recipe, to)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:

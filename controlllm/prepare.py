@@ -108,5 +108,7 @@ def _prepare_all(folder: Path, base: Path, data: Path, mix: MixConfig, pack: Pac
             f"{made.computed} of {len(made.units)} shards made now · {tokenizer}",
             markup=False,
         )
+        if bad := sum(unit["bad_rows"] for unit in made.units):
+            console.print(f"  {dataset.name}: {bad:,} bad rows were set aside, see quarantine.jsonl", markup=False)
     write_stats(folder, [dataset.name for dataset in mix.datasets], pack)
     (folder / "pack.json").write_text(pack.model_dump_json())

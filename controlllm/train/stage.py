@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from controlllm.config import ControlConfig, MixConfig, ModelConfig, TrainConfig, ValidationConfig
+from controlllm.errors import UserError
 from controlllm.store import Output, run_stage
 from controlllm.train.distributed import World, processes
 
@@ -107,6 +108,11 @@ def _data(folder: Path, world: World, base: Path, shards: Path, mix: MixConfig) 
     growing = folder / "data"
     with shards_being_made(shards, base, mix, growing=growing) if world.is_main else nullcontext():
         world.barrier()  # what an earlier try left is out of the way
+        if is_plan(shards) and not growing.exists():
+            raise UserError(
+                f"pack.streaming: {growing}, where the main process makes the shards, is not there for process "
+                f"{world.rank}; set CONTROLLLM_CACHE to a folder that all nodes share, or pack.streaming to false"
+            )
         yield Mix(open_shelves(shards, mix, growing=growing), mix, pack_of(shards))
     world.barrier()
     if world.is_main and is_plan(shards):

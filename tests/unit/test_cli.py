@@ -271,3 +271,18 @@ def test_ctrl_c(here: Path) -> None:
         os.close(pipe)
     assert process.returncode == 130
     assert said == "error: stopped; the same command goes on from the newest checkpoint\n"
+
+
+def test_a_dataset_is_copied_from_anywhere_to_anywhere(here: Path, capsys) -> None:
+    (here / "rows").mkdir()
+    (here / "rows" / "a.jsonl").write_text('{"text": "one"}\n')
+    assert main(["ingest", "rows/*.jsonl", "--to", "copy"]) == 0
+    assert (here / "copy" / "a.jsonl").read_text() == '{"text": "one"}\n'
+    assert "1 file; in a recipe: source: copy/a.jsonl" in capsys.readouterr().err
+    for arguments, says in (
+        (["hf://org/set"], "say with --to where it is copied to"),
+        (["rows/*.jsonl", "train.steps=1", "--to", "copy"], "a copy takes no settings of a recipe"),
+        (["none/*.jsonl", "--to", "copy"], "no such file"),
+    ):
+        assert main(["ingest", *arguments]) == 1
+        assert says in capsys.readouterr().err
