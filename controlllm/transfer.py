@@ -63,7 +63,8 @@ def transfer(source: str, to: str) -> None:
             moved += part.size
             advance(moved, part.name)
     _write_list(to, source, {part.name: done[part.name] for part in parts}, complete=True)
-    console.print(f"  {len(parts)} file{'s' * (len(parts) != 1)}; in a recipe: source: {shown(to)}/{_glob(parts)}", markup=False)
+    files = f"{len(parts)} file{'s' * (len(parts) != 1)}"
+    console.print(f"  {files}; in a recipe: source: {shown(to)}/{_glob(parts)}", markup=False)
 
 
 def _parts(source: str) -> Iterator[_Part]:
