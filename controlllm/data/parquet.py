@@ -1,6 +1,5 @@
 """Row groups of Parquet files: where they lie, their rows, their bytes."""
 
-import io
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,6 +10,7 @@ import xxhash
 
 from controlllm.data.location import is_remote, local_path, open_file, shown
 from controlllm.data.remote import fetched
+from controlllm.data.seekable import Seekable
 from controlllm.data.types import Unit
 from controlllm.errors import UserError
 
@@ -118,24 +118,12 @@ def _source(unit: Unit, version: str) -> Any:
     return pa.PythonFile(_Stretch(fetched(unit.uri, version, unit.start, unit.end), unit.start), "r")
 
 
-class _Stretch(io.RawIOBase):
+class _Stretch(Seekable):
     """A file of which only one stretch is here, and nothing else is read."""
 
     def __init__(self, content: bytes, start: int):
-        self._content, self._start, self._at = memoryview(content), start, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._start + len(self._content))[whence]
-        return self._at
+        super().__init__(start + len(content))
+        self._content, self._start = memoryview(content), start
 
     def read(self, size: int = -1) -> memoryview:  # type: ignore[override] - bytes to pyarrow, without a copy
         first = self._at - self._start

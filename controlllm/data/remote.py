@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
 from controlllm.data.file_systems import library_errors, remote_system
+from controlllm.data.seekable import Seekable
 from controlllm.errors import UserError
 
 TRIES = 5
@@ -104,24 +105,12 @@ def _fetch(uri: str, start: int, end: int) -> bytes:
     return body
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(Seekable):
     def __init__(self, uri: str):
         from controlllm.data.location import stamp
 
-        self._uri, self._size, self._at = uri, stamp(uri).size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
+        super().__init__(stamp(uri).size)
+        self._uri = uri
 
     def readall(self) -> bytes:
         pieces = range(self._at, self._size, PIECE_BYTES)

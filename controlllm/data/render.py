@@ -82,7 +82,7 @@ class Renderer:
         return self._writer.notes
 
     def prove(self, documents: Documents) -> None:
-        """Choose the tokenizer on up to 2,000 of them; UserError where there are conversations but no template."""
+        """Choose the tokenizer on a sample of them; UserError where there are conversations but no template."""
         count = min(SAMPLE_TEXTS, len(documents))
         chosen = [i * len(documents) // count for i in range(count)]
         if any(not isinstance(documents[i], str) for i in chosen):

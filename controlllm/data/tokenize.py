@@ -77,7 +77,7 @@ class Backend:
 
 
 def choose_backend(tokenizer: Any, sample: Sequence[str], *, mode: str = "auto") -> Backend:
-    """The fast one where it gives identical ids on `sample` (its first 2,000 texts or 2 MB) and the hard strings."""
+    """The fast one where it gives identical ids on `sample` (1,000 texts or half a megabyte) and the hard strings."""
     exact = exact_backend(tokenizer)
     if mode == "transformers":
         return replace(exact, reason="pack.tokenizer is transformers")

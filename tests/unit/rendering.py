@@ -13,6 +13,7 @@ from controlllm.data.types import Documents
 from controlllm.errors import UserError
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+with_tools = pytest.mark.parametrize("case", [case for case in CASES if case.tools], ids=lambda case: case.name)
 
 
 def chat(*contents, roles=("user", "assistant", "user", "assistant")):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from fault_server import Faulty, faulty_server
 from hdfs_server import Hdfs, running_hdfs
+from s3_server import make_bucket, running_s3
 
 from controlllm.data import file_systems, remote
 from controlllm.data.location import file_system, list_files, open_file, shown, stamp
@@ -29,25 +30,14 @@ def hdfs() -> Iterator[Hdfs]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> str:
     """A bucket."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    bucket = tmp_path.name.replace("_", "-").lower()
-    file_system(f"s3://{bucket}/x")[0].mkdir(bucket)
+    bucket = make_bucket(s3_server, monkeypatch, tmp_path)
     return f"s3://{bucket}"
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 from chat_templates import CASES, TURNS, tokenizer_of, tool_conversation
-from rendering import CHATML, LLAMA3, assert_same, by_name, chat, copy_of, documents
+from rendering import CHATML, LLAMA3, assert_same, chat, copy_of, documents, with_tools
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -13,10 +13,8 @@ from controlllm.data.render import Renderer, chat_text, render
 from controlllm.errors import UserError
 
 
-@by_name
+@with_tools
 def test_whole_documents_go_with_the_others(case):
-    if not case.tools:
-        pytest.skip("the template knows no tools")
     some = [chat("a", "b"), tool_conversation(case), "a text", chat("c", "d"), [{"role": "user", "content": "x"}]]
     batch = assert_same(Renderer(tokenizer_of(case)), tokenizer_of(case), *some)
     assert batch.bad == [(4, "the conversation has no answer by the assistant: nothing to learn")]

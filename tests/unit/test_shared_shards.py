@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import make_bucket, running_s3
 
 from controlllm.cli import main
 from controlllm.config import DatasetConfig, PackConfig
@@ -257,25 +258,15 @@ def contents(shelf):
 
 @pytest.fixture(scope="module")
 def server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture
 def bucket(server, monkeypatch, tmp_path):
     """Where shards are to lie."""
-    settings = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "someone", "SECRET_ACCESS_KEY": "hush"}
-    settings |= {"DEFAULT_REGION": "us-east-1", "CONFIG_FILE": str(tmp_path / "none")}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    name = tmp_path.name.replace("_", "-").lower()
-    file_system(f"s3://{name}/x")[0].mkdir(name)
+    name = make_bucket(server, monkeypatch, tmp_path)
     monkeypatch.setenv("CONTROLLLM_SHARDS", f"s3://{name}/shards")
     return f"s3://{name}/shards"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import CASES, TEMPLATES, conversation, marked, oracle, tokenizer_of, tool_conversation
-from rendering import CHATML, assert_same, by_name, chat, copy_of, documents, learned, looped
+from rendering import CHATML, assert_same, by_name, chat, copy_of, documents, learned, looped, with_tools
 
 from controlllm.data.render import Renderer, render
 from controlllm.data.template import ChatTemplate
@@ -14,12 +14,18 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "masks"
 
 
 @by_name
-@pytest.mark.parametrize("tools", [False, True], ids=["turns", "tools"])
-def test_masks_are_as_the_models_authors_write_them(case, tools):
-    if tools and not case.tools:
-        pytest.skip("the template knows no tools")
-    rendered = ChatTemplate(tokenizer_of(case)).render(tool_conversation(case) if tools else conversation(case))
-    golden = (GOLDEN / f"{case.name}{'-tools' if tools else ''}.txt").read_text(encoding="utf-8")
+def test_masks_are_as_the_models_authors_write_them(case):
+    assert_golden(case, conversation(case), case.name)
+
+
+@with_tools
+def test_masks_with_tools_are_as_the_models_authors_write_them(case):
+    assert_golden(case, tool_conversation(case), f"{case.name}-tools")
+
+
+def assert_golden(case, messages, name):
+    rendered = ChatTemplate(tokenizer_of(case)).render(messages)
+    golden = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
     assert marked(rendered.text, rendered.spans) == golden
     assert list(rendered.spans) == oracle(case, rendered.text)
 
