@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from controlllm import __version__, cli_checkpoints, cli_data
+from controlllm import __version__, cli_checkpoints, cli_data, cli_train
 from controlllm.errors import UserError, one_line
 from controlllm.progress import prepare_environment
 
@@ -17,6 +17,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as train.lr=1e-4 or mix.datasets.0.rows=500."),
 ]
+
+DEBUG_RANK = "CONTROLLLM_DEBUG_RANK"
+"""In the environment: the process whose training stops in pdb."""
 
 app = typer.Typer(
     help=(
@@ -96,15 +99,40 @@ def _stage_command(stage: str) -> Callable[..., None]:
     return command
 
 
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="With --debug: the process that stops in pdb; 0 by default.")
+    ] = None,
+) -> None:
+    """Train the twins, on from the newest checkpoint if any; in as many processes as a launcher starts.
+
+    With --debug one process stops in pdb before the first step, and where an error comes up.
+
+    Example: `controlllm train workflows/recipes/demo.yaml train.steps=50`
+
+    Example: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m controlllm.cli train RECIPE`
+
+    Next: `controlllm consolidate`
+    """
+    if rank is not None:
+        if DEBUG_RANK not in os.environ:
+            raise UserError(f"--rank {rank} says which process stops in pdb: it needs --debug, too")
+        os.environ[DEBUG_RANK] = str(rank)
+    _stage_command("train")(recipe, overrides)
+
+
 for _stage, (_what, _example, _next) in STAGES.items():
     _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
-    if _stage == "ingest":
-        app.command("ingest", rich_help_panel="Stages")(ingest)
+    if _stage in ("ingest", "train"):
+        app.command(_stage, rich_help_panel="Stages")(ingest if _stage == "ingest" else train)
         continue
     app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
 cli_checkpoints.add_commands(app)
 cli_data.add_commands(app)
+cli_train.add_commands(app)
 
 
 @config_app.command("show")
@@ -171,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"] or ["--help"]
+    if debug and args[0] == "train":
+        os.environ.setdefault(DEBUG_RANK, "0")
     if args == ["--version"]:
         print(f"controlllm {__version__}")
         return 0
@@ -203,7 +233,7 @@ def _one_line(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "controlllm"
         return f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see {command} --help", 2
-    return one_line(error), 1
+    return one_line(error), getattr(error, "code", 1)
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,23 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from controlllm import __version__
-from controlllm.config import ControlConfig
+from controlllm.config import Method, ModelConfig
 from controlllm.fingerprint import content_of
 from controlllm.store import Output, content_hash, find_lineage, read_lineage, run_stage
 
 
-def consolidate(base: Path, trained: Path, control: ControlConfig | None) -> Output:
-    """Everything `AutoModelForCausalLM.from_pretrained` needs (after `import controlllm`), and nothing elsewhere."""
+def consolidate(base: Path, trained: Path, method: Method) -> Output:
+    """Everything `AutoModelForCausalLM.from_pretrained` needs, for twins after `import controlllm`, and nothing else.
+
+    In float32. LoRA is merged, so that the model is a plain one; the adapter is kept in `adapter/`, as PEFT reads it.
+    """
 
     def build(folder: Path) -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
-        from controlllm.config import ModelConfig
-        from controlllm.train.checkpoint import load_trained
-        from controlllm.train.model import load_model
+        model = _trained_model(base, trained, method)
+        if method.lora:
+            from controlllm.train.adapters import merge_adapters, save_adapter
 
-        model = load_model(base, ModelConfig(name=str(base)), control)
-        load_trained(trained / "trained.safetensors", model)
+            save_adapter(model, folder / "adapter", base_name=_model_name(base))
+            merge_adapters(model)
         model.config.use_cache = True
         model.config.lineage = _lineage(base, trained)
         model.eval().save_pretrained(folder)
@@ -31,7 +34,16 @@ def consolidate(base: Path, trained: Path, control: ControlConfig | None) -> Out
         _copy_licences(base, folder)
 
     parents = {"ingest model": base, "train": trained}
-    return run_stage("consolidate", config={"control": control}, parents=parents, build=build)
+    return run_stage("consolidate", config=dict(method), parents=parents, build=build)
+
+
+def _trained_model(base: Path, trained: Path, method: Method) -> Any:
+    from controlllm.train.model import load_model
+    from controlllm.train.trained import load_trained
+
+    model = load_model(base, ModelConfig(name=str(base)), method)
+    load_trained(trained / "trained.safetensors", model)
+    return model
 
 
 def _lineage(base: Path, trained: Path) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def report(
 def method(config: RunConfig) -> str:
     """What was done to the base, in a few words."""
     control = config.control
+    if config.lora:
+        return f"LoRA (rank {config.lora.rank})"
+    if config.partial:
+        chosen = config.partial.blocks if isinstance(config.partial.blocks, str) else "chosen"
+        return f"partial fine-tuning ({config.partial.num_blocks} blocks, {chosen})"
     if control is None:
         return "full fine-tuning"
     if control.layout == "stack":

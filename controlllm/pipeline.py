@@ -48,7 +48,7 @@ def _ingest(config: RunConfig) -> Made:
 def _prepare(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.prepare import prepare
 
-    made.shards = prepare(made.base, made.data, config.mix, config.pack).path
+    made.shards = prepare(made.base, made.data, config.mix, config.pack, config.validation).path
 
 
 def _train(config: RunConfig, made: Made, started: datetime) -> None:
@@ -58,7 +58,7 @@ def _train(config: RunConfig, made: Made, started: datetime) -> None:
         made.base,
         _present(made.shards),
         model=config.model,
-        control=config.control,
+        method=config.method,
         mix=config.mix,
         config=config.train,
         validation=config.validation,
@@ -68,7 +68,7 @@ def _train(config: RunConfig, made: Made, started: datetime) -> None:
 def _consolidate(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.consolidate import consolidate
 
-    made.model = consolidate(made.base, _present(made.trained), config.control).path
+    made.model = consolidate(made.base, _present(made.trained), config.method).path
 
 
 def _benchmark(config: RunConfig, made: Made, started: datetime) -> None:

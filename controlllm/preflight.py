@@ -18,9 +18,12 @@ from controlllm.data.probes import PROBES, probe_names
 from controlllm.data.sources import GYM, source_files
 from controlllm.data.steps import build_steps
 from controlllm.errors import UserError, one_line
+from controlllm.memory import check_memory
 from controlllm.model_shape import Shape, model_shape
 from controlllm.recipe import KeyPath, dotted, read
 from controlllm.store import store_root
+from controlllm.train.partial import choose_blocks
+from controlllm.train.trackers import missing_trackers
 
 __all__ = ["Shape", "check", "model_shape"]
 
@@ -30,14 +33,9 @@ REMOTE_PACKAGES = {"hdfs": "hdfs_native", "s3": "s3fs", "gs": "gcsfs"}
 # The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
 NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "train.trainer": (("transformers",), "use 'native'"),
-    "train.parallel.kind": (("fsdp", "deepspeed"), "use 'ddp'"),
-    "train.compile": (None, "use false"),
-    "train.profile": (None, "leave the section out"),
-    "train.optimizer.name": (("adamw_8bit",), "use 'adamw'"),
-    "lora": (None, "leave the section out"),
+    "train.parallel.kind": (("deepspeed",), "use 'fsdp'"),
     "quantization": (None, "leave the section out"),
     "benchmark.backend": (("vllm",), "use 'hf'"),
-    "trackers": (None, "leave it out"),
 }
 
 
@@ -59,6 +57,9 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         _names(config)
         _pack(config.pack)
         shape = _model(config)
+        _trackers(config)
+        if serving and shape and os.environ.get("CONTROLLLM_PROFILE", "local") == "local":
+            _memory(config, shape)
         _output(config)
         _disk(shape)
         _sources(config)
@@ -151,10 +152,30 @@ def _model(config: RunConfig) -> Shape | None:
         except ValueError as error:
             key, _, text = str(error).partition(": ")
             raise _Wrong(key, text) from None
+    if config.partial:
+        try:
+            choose_blocks(config.partial, shape.layers)
+        except ValueError as error:
+            key, _, text = str(error).partition(": ")
+            raise _Wrong(key, text) from None
     length, longest = config.pack.context_length, shape.max_positions
     if longest and length > longest:
         raise _Wrong("pack.context_length", f"{length} is more than the model's {longest} positions; use at most that")
     return shape
+
+
+def _trackers(config: RunConfig) -> None:
+    if missing := missing_trackers(config.train.metrics):
+        key, _, text = missing.partition(": ")
+        raise _Wrong(key, text)
+
+
+def _memory(config: RunConfig, shape: Shape) -> None:
+    """Where this machine is the one that trains."""
+    try:
+        check_memory(config, shape)
+    except UserError as error:
+        raise _Wrong("train", str(error)) from None
 
 
 def _output(config: RunConfig) -> None:

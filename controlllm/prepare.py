@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlllm.config import Config, MixConfig, PackConfig
+from controlllm.config import Config, MixConfig, PackConfig, ValidationConfig
 from controlllm.data.prepared import open_job, open_manifest, shard_root, take_shards, write_index, write_stats
 from controlllm.progress import console
 from controlllm.store import Output, run_stage
@@ -56,27 +56,41 @@ def prepare_piece(piece: Piece, base: Path, data: Path, mix: MixConfig, pack: Pa
     return run_stage("prepare piece", config=config, parents={"ingest model": base, "ingest data": data}, build=build)
 
 
-def gather(parts: Sequence[Path], base: Path, data: Path, mix: MixConfig, pack: PackConfig) -> Output:
+def gather(
+    parts: Sequence[Path],
+    base: Path,
+    data: Path,
+    mix: MixConfig,
+    pack: PackConfig,
+    validation: ValidationConfig | None = None,
+) -> Output:
     """All datasets, out of pieces that pods made; what no piece holds is made here."""
     for part in parts:
         take_shards(part)
-    return prepare(base, data, mix, pack)
+    return prepare(base, data, mix, pack, validation)
 
 
-def prepare(base: Path, data: Path, mix: MixConfig, pack: PackConfig) -> Output:
-    """`<dataset>/index.json` with its shards, `stats.json`, and `quarantine.jsonl` with the rows that were set aside.
+def prepare(
+    base: Path, data: Path, mix: MixConfig, pack: PackConfig, validation: ValidationConfig | None = None
+) -> Output:
+    """`<dataset>/index.json` with its shards, `stats.json`, and `quarantine.jsonl` with the rows that were set aside;
+    `probes/` with the old skills that training looks at, so that it depends on no others.
 
     With `pack.streaming` only `plan.json` and what it needs: training makes the shards while it runs.
     """
+    probes = validation.retention.probes if validation and validation.retention else []
 
     def build(folder: Path) -> None:
         if pack.streaming:
             _plan(folder, data, mix, pack)
         else:
             _prepare_all(folder, base, data, mix, pack)
+        for name in probes:
+            (folder / "probes").mkdir(exist_ok=True)
+            shutil.copy(data / "probes" / f"{name}.jsonl", folder / "probes")
 
     parents = {"ingest model": base, "ingest data": data}
-    return run_stage("prepare", config=_inputs(mix, pack), parents=parents, build=build)
+    return run_stage("prepare", config=_inputs(mix, pack) | {"retention": probes}, parents=parents, build=build)
 
 
 def _inputs(mix: MixConfig, pack: PackConfig) -> dict[str, object]:

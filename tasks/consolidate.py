@@ -3,7 +3,7 @@
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
-from controlllm.config import ControlConfig
+from controlllm.config import ControlConfig, LoRAConfig, Method, PartialConfig
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
@@ -15,8 +15,15 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
     environment=cluster.environment(),
 )
 @one_line_errors
-def consolidate(base: FlyteDirectory, trained: FlyteDirectory, control: ControlConfig | None) -> Folder:
+def consolidate(
+    base: FlyteDirectory,
+    trained: FlyteDirectory,
+    control: ControlConfig | None,
+    lora: LoRAConfig | None,
+    partial: PartialConfig | None,
+) -> Folder:
     """Base and trained tensors as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads."""
     from controlllm.consolidate import consolidate as consolidate_stage
 
-    return publish(consolidate_stage(local(base), local(trained), control).path)
+    method = Method(control=control, lora=lora, partial=partial)
+    return publish(consolidate_stage(local(base), local(trained), method).path)

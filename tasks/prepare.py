@@ -3,7 +3,7 @@
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
-from controlllm.config import MixConfig, PackConfig
+from controlllm.config import MixConfig, PackConfig, ValidationConfig
 from controlllm.prepare import Piece
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
@@ -51,10 +51,11 @@ def prepare(
     data: FlyteDirectory,
     mix: MixConfig,
     pack: PackConfig,
+    validation: ValidationConfig | None,
     parts: list[FlyteDirectory | None],
 ) -> Folder:
     """All datasets, out of the pieces that pods made; what is missing is made here."""
     from controlllm.prepare import gather
 
     there = [local(part) for part in parts if part is not None]
-    return publish(gather(there, local(base), local(data), mix, pack).path)
+    return publish(gather(there, local(base), local(data), mix, pack, validation).path)

@@ -3,7 +3,16 @@
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
-from controlllm.config import ControlConfig, MixConfig, ModelConfig, TrainConfig, ValidationConfig
+from controlllm.config import (
+    ControlConfig,
+    LoRAConfig,
+    Method,
+    MixConfig,
+    ModelConfig,
+    PartialConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
@@ -22,6 +31,8 @@ def train(
     shards: FlyteDirectory,
     model: ModelConfig,
     control: ControlConfig | None,
+    lora: LoRAConfig | None,
+    partial: PartialConfig | None,
     mix: MixConfig,
     config: TrainConfig,
     validation: ValidationConfig | None,
@@ -30,6 +41,12 @@ def train(
     from controlllm.train.stage import train as train_stage
 
     folder = train_stage(
-        local(base), local(shards), model=model, control=control, mix=mix, config=config, validation=validation
+        local(base),
+        local(shards),
+        model=model,
+        method=Method(control=control, lora=lora, partial=partial),
+        mix=mix,
+        config=config,
+        validation=validation,
     )
     return publish(folder)

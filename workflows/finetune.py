@@ -34,17 +34,28 @@ def finetune(config: Recipe) -> Finetuned:
     pieces = plan_pieces(data=raw.data, mix=config.mix, pack=config.pack)
     piece = partial(prepare_piece, base=raw.base, data=raw.data, mix=config.mix, pack=config.pack)
     parts = map_task(piece, min_success_ratio=0.9)(piece=pieces)  # what a lost pod leaves out, `prepare` makes
-    shards = prepare(base=raw.base, data=raw.data, mix=config.mix, pack=config.pack, parts=parts)
+    shards = prepare(
+        base=raw.base,
+        data=raw.data,
+        mix=config.mix,
+        pack=config.pack,
+        validation=config.validation,
+        parts=parts,
+    )
     trained = train(
         base=raw.base,
         shards=shards,
         model=config.model,
         control=config.control,
+        lora=config.lora,
+        partial=config.partial,
         mix=config.mix,
         config=config.train,
         validation=config.validation,
     )
-    model = consolidate(base=raw.base, trained=trained, control=config.control)
+    model = consolidate(
+        base=raw.base, trained=trained, control=config.control, lora=config.lora, partial=config.partial
+    )
     base_scores = benchmark(model=raw.base, data=raw.data, config=config.benchmark)
     tuned_scores = benchmark(model=model, data=raw.data, config=config.benchmark)
     smoked = smoke(model=model, data=raw.data, config=config.smoke)

@@ -94,7 +94,7 @@ def twin_of(block: nn.Module) -> nn.Module:
 def measuring(blocks: list[ControlBlock], token_mask: Tensor | None) -> Iterator[None]:
     """While inside, every block leaves its divergence. token_mask (batch, seq) is True where a token counts."""
     for block in blocks:
-        block.measuring, block.token_mask, block.divergence = True, token_mask, None
+        block.measuring, block.token_mask, block.divergence, block.trajectory = True, token_mask, None, None
     try:
         yield
     finally:

@@ -10,6 +10,8 @@ one, so nothing there is differentiated. With L layers, E sites and l0 the lowes
     forward  = (L + E)(F + A) + H                            F  matrix products of a layer, without attention
     backward = (L - 1 - l0)(F + 2A) + E(2F + 2A) + H         A  attention of a layer,  H  head
 
+Of packed documents every token sees its own only: tokens · seq is then Σ length², and `mean_length` is the seq for it.
+
 The layout does not matter: a stacked copy is one more trained layer, and the frozen layers above the lowest copy are
 those above its site.
 """
@@ -61,7 +63,7 @@ def model_flops(
     head_dim: int,
     vocabulary: int,
     layers: int,
-    seq: int,
+    seq: float,
     tokens: int,
     targets: int | None = None,
     causal: bool = True,
@@ -82,7 +84,7 @@ def model_flops(
 
 
 def config_flops(
-    config: Any, *, seq: int, tokens: int, targets: int | None = None, causal: bool = True, mlp_projections: int = 3
+    config: Any, *, seq: float, tokens: int, targets: int | None = None, causal: bool = True, mlp_projections: int = 3
 ) -> ModelFlops:
     """`model_flops` of the Hugging Face config of a base model like Llama, Qwen or Mistral."""
     heads = config.num_attention_heads
@@ -102,6 +104,15 @@ def config_flops(
     )
 
 
+def mean_length(lengths: Sequence[int], *, window: int | None = None) -> float:
+    """Σ length² / Σ length: the length of equal documents with as many tokens and pairs of tokens that see each other.
+
+    window: tokens that a token sees at most, itself among them; of n > window tokens, window·(2n - window) / 2 pairs.
+    """
+    pairs = sum(n * n if window is None or n <= window else window * (2 * n - window) for n in lengths)
+    return pairs / max(sum(lengths), 1)
+
+
 def full_step(base: ModelFlops) -> StepFlops:
     """Full fine-tuning: every layer and the head trained."""
     return StepFlops(base.layers * base.layer + base.head, 2 * base.layers * base.layer + 2 * base.head)
@@ -111,6 +122,16 @@ def partial_step(base: ModelFlops, sites: Sequence[int]) -> StepFlops:
     """Fine-tuning of the blocks at `sites` themselves, without twins; everything else is frozen."""
     frozen_above = base.layers - min(sites) - len(sites)
     return StepFlops(base.layers * base.layer + base.head, _backward(base, frozen_above, trained=len(sites)))
+
+
+def lora_step(base: ModelFlops, *, adapters: float, unused: float = 0.0) -> StepFlops:
+    """Low-rank adapters beside frozen layers.
+
+    adapters: forward products of all of them, which cost twice that again in the backward pass. unused: of the backward
+    pass over all layers, what lies before the first adapter; no norm is trained, so that ends inside a layer.
+    """
+    forward = base.layers * base.layer + base.head + adapters
+    return StepFlops(forward, base.layers * (base.matmul + 2 * base.attention) + base.head + 2 * adapters - unused)
 
 
 def control_step(base: ModelFlops, settings: ControlSettings, *, cached_prefix: bool = False) -> StepFlops:

@@ -140,7 +140,8 @@ def freeze(model: PreTrainedModel) -> None:
 
 def _kept_still(block: ControlBlock) -> list[nn.Parameter]:
     """Parameters of a pair that are not trained: what no loss depends on, and the weights if `train_alpha` is false."""
-    interpolation, measured = block.interpolation, block.divergence_name != "none"
+    # The divergence of attention maps looks at no hidden state.
+    interpolation, measured = block.interpolation, block.divergence_name not in ("none", "attention")
     names = set(interpolation.without_gradient(measured=measured, gated=block.weigh_by_gate))
     if block.train_alpha:
         return [interpolation.get_parameter(name) for name in names]

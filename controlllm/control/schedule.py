@@ -12,19 +12,19 @@ from controlllm.control.expand import control_blocks
 from controlllm.control.interpolation import logit
 
 
-def ramp(start: float, way: RampConfig, *, step: int, steps: int) -> float:
-    """The value at optimizer step `step` (from 0) of a run of `steps`: `start` at the first, `final` at the last."""
+def ramp(start: float, way: RampConfig, *, step: int, done: float) -> float:
+    """The value at optimizer step `step` (from 0), with a share `done` of the run behind it."""
     if way.final is None:
         return start
-    done = min(1.0, step / max(1, (way.steps or steps) - 1))
+    done = min(1.0, step / max(1, way.steps - 1) if way.steps else done)
     shape = done if way.kind == "linear" else 0.5 * (1 - math.cos(math.pi * done))
     return start + (way.final - start) * shape
 
 
-def set_step(model: nn.Module, control: ControlConfig, *, step: int, steps: int) -> None:
-    """Give every pair the weights of this step."""
-    weight = ramp(control.divergence_weight, control.divergence_schedule, step=step, steps=steps)
-    alpha = ramp(control.alpha, control.alpha_schedule, step=step, steps=steps)
+def set_step(model: nn.Module, control: ControlConfig, *, step: int, done: float) -> None:
+    """Give every pair the weights of optimizer step `step`; done: 0 at the run's first step, 1 at its last."""
+    weight = ramp(control.divergence_weight, control.divergence_schedule, step=step, done=done)
+    alpha = ramp(control.alpha, control.alpha_schedule, step=step, done=done)
     for block in control_blocks(model):
         block.divergence_weight = weight
         if control.alpha_schedule.final is not None:

@@ -1,8 +1,9 @@
 """Packed rows to batches. The order is a pure function of (seed, place): resuming is a step number."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from controlllm.data.order import SIDE_BY_SIDE, DatasetOrder, Interleave, Sorted
 from controlllm.data.shelf import PackedRow, Shelf
 
 IGNORED = -100
+EMPTY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,15 @@ class Batch:
     labels: Tensor  # (1, tokens), IGNORED where nothing is learned
     position_ids: Tensor  # (1, tokens)
     cu_seq_lens_q: Tensor  # (documents + 1,) int32, where documents begin and the last one ends
+    token_mask: Tensor | None = None  # (1, tokens), False where the divergence counts nothing
 
-    def arguments(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model."""
-        return {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids", "cu_seq_lens_q")}
+    def arguments(self, attention: str = "packed") -> dict[str, Any]:
+        """Keyword arguments of the model: tensors, and for flash attention lengths as numbers, too."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not attention.startswith("flash_attention"):
+            return given
+        longest = int(self.cu_seq_lens_q.diff().max())
+        return given | {"cu_seq_lens_k": self.cu_seq_lens_q, "max_length_q": longest, "max_length_k": longest}
 
     @property
     def targets(self) -> int:
@@ -34,7 +41,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.input_ids.numel()
+        """That the divergence counts."""
+        return self.input_ids.numel() if self.token_mask is None else int(self.token_mask.sum())
 
 
 class Mix:
@@ -123,3 +131,13 @@ def collate(rows: Iterable[PackedRow]) -> Batch:
     positions = np.arange(len(ids)) - np.repeat(edges[:-1], lengths)
     ids, labels, positions = (torch.from_numpy(array)[None] for array in (ids, labels, positions))
     return Batch(ids, labels, positions, torch.from_numpy(edges.astype(np.int32)))
+
+
+def empty_batch(row: PackedRow) -> Batch:
+    """A few tokens of a row of which none counts: loss and gradients are exactly 0.
+
+    For a process that has fewer micro-batches than another and must run as many passes, to stay in step under FSDP.
+    """
+    ids = row["input_ids"][:EMPTY_TOKENS]
+    batch = collate([{"input_ids": ids, "lengths": np.array([len(ids)]), "target": np.zeros(len(ids), bool)}])
+    return replace(batch, token_mask=torch.zeros_like(batch.input_ids, dtype=torch.bool))

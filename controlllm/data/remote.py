@@ -43,7 +43,7 @@ def open_remote(uri: str) -> BinaryIO:
 
 def read_range(uri: str, start: int, end: int) -> bytes:
     """Bytes [start, end) of a remote file, all of them."""
-    return _retried(uri, lambda: _fetch(uri, start, end))
+    return retried(uri, lambda: _fetch(uri, start, end))
 
 
 @lru_cache(1)
@@ -77,7 +77,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _retried(uri: str, read: Callable[[], bytes]) -> bytes:
+def retried(uri: str, read: Callable[[], bytes]) -> bytes:
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
     errors = library_errors(uri.partition("://")[0])

@@ -8,17 +8,25 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from controlllm.data.loader import collate
+from controlllm.data.shelf import PackedRow
+from controlllm.errors import UserError
+
 NAME = "packed"
 # Documents share a kernel call while the shortest has at least this share of the longest one's tokens.
 SIMILAR = 0.75
 # Of what models hand over to their attention: capped scores (Gemma 2), sinks (gpt-oss), biases by distance.
 NOT_DONE = ("softcap", "s_aux", "position_bias")
+# Two documents that refuse_leaks runs, and what the loss of one may move by: experts are rounded by who shares them.
+LENGTHS = np.array([16, 16])
+ROUNDING = 1e-3
 
 
 def packed_attention(
@@ -90,7 +98,31 @@ def _plan(edges: tuple[int, ...]) -> tuple[list[tuple[Tensor, int]], Tensor]:
     return groups, restore
 
 
-def register() -> None:
-    """Make `attn_implementation="packed"` known; it needs no mask."""
-    AttentionInterface.register(NAME, packed_attention)
+def register(*, compiled: bool = False) -> None:
+    """Make `attn_implementation="packed"` known; it needs no mask. compiled: torch.compile leaves it as it is."""
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention) if compiled else packed_attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def refuse_leaks(model: Any, *, attention: str, vocabulary: int, device: torch.device) -> None:
+    """Run two documents in one row, with one first document and with another: the second's loss must stay the same.
+
+    model: as it is trained, called with a batch and its counts; to be called once, within its autocast. UserError
+    names the setting whose kernel lets documents see each other.
+    """
+    first, other, second = torch.randint(vocabulary, (3, LENGTHS[0]), generator=torch.Generator().manual_seed(0))
+    target = np.repeat([False, True], LENGTHS)
+    losses = []
+    for document in (first, other):
+        row: PackedRow = {"input_ids": torch.cat([document, second]).numpy(), "lengths": LENGTHS, "target": target}
+        given = collate([row]).arguments(attention)
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)  # what dropout leaves out is the same in both
+            out = model(**batch, num_items_in_batch=1, num_tokens_in_batch=1, measure_divergence=False)
+        losses.append(out.cross_entropy.item() / LENGTHS[1])
+    if abs(losses[0] - losses[1]) > ROUNDING:
+        raise UserError(
+            f"model.attention {attention} lets the documents of a packed row see each other (the loss of one goes from "
+            f"{losses[0]:.4f} to {losses[1]:.4f} with what stands before it); set it to packed"
+        )

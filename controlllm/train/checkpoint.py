@@ -1,126 +1,237 @@
-"""Checkpoints of what is trained: a folder is written under another name, hashed, synced and renamed.
-
-Only complete folders have a manifest, every file is verified before it is read, and the newest that verifies is used.
+"""Checkpoints of what is trained: written while training goes on, seen whole or not at all, verified before they are
+read; the newest that is whole is the one that counts, whatever number of processes and sharding it goes on with.
 """
 
+import errno
 import json
-import shutil
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from controlllm.control.schedule import scheduled_names
+from controlllm.config import CheckpointConfig
+from controlllm.data.location import is_remote
 from controlllm.errors import UserError
-from controlllm.fingerprint import hash_file, sync
 from controlllm.progress import console
+from controlllm.train.checkpoint_files import Damaged, LocalStore, Manifest, step_name, verify
+from controlllm.train.checkpoint_remote import RemoteStore
+from controlllm.train.checkpoint_tensors import Offsets, Written, named_tensors, own_share, read_tensors, write_shard
+from controlllm.train.distributed import World
+from controlllm.train.staging import Staging
+from controlllm.train.together import Together
+from controlllm.train.trained import load_trained, trained_tensors
 
-MANIFEST = "manifest.json"
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by parameter name; tied parameters once."""
-    moved = set(scheduled_names(model))
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in moved}
-
-
-def save_checkpoint(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
-    """Write `root/step-00000123`, then remove all but the `keep` newest."""
-    final = root / f"step-{step:08d}"
-    partial = root / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.contiguous().cpu() for k, v in trained_tensors(model).items()}, partial / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for file in [*partial.iterdir(), partial]:
-        sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    sync(root)
-    for old in checkpoints(root)[:-keep]:
-        _remove(old)
-    return final
+__all__ = ["Checkpoints", "load_trained", "trained_tensors"]
 
 
-def newest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint whose files are what the manifest says; damaged ones are named and passed over."""
-    for folder in reversed(checkpoints(root)):
-        if (problem := _problem(folder)) is None:
-            return folder
-        console.print(f"[yellow]![/] {folder} is passed over: {problem}")
-    return None
+class Checkpoints:
+    """The checkpoints of one run, in a folder that all its processes share, or a URI.
 
+    All methods but `failed` are called by all processes, and what goes wrong in one is raised in all.
+    """
 
-def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(root.glob("step-*")) if root.is_dir() else []
+    def __init__(
+        self,
+        folder: Path | str,
+        config: CheckpointConfig,
+        *,
+        world: World,
+        identity: Mapping[str, Any],
+        scratch: Path | None = None,
+    ):
+        """identity: what makes the run this run, by name; a checkpoint of another is refused.
+        scratch: a folder of this machine, which a URI needs.
+        """
+        self.config, self.world, self.identity = config, world, _plain(dict(identity))
+        self._store = _store(str(folder), scratch, world)
+        self._together = Together(world)
+        self._staging = Staging()
+        self._share: tuple[Any, Offsets] = (None, {})
+        self._passed_over: set[int] = set()
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
 
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Read the newest verified checkpoint into place and return its state; None where there is no checkpoint.
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what is trained and the optimizer's state; returns the number of steps done."""
-    load_trained(folder / "model.safetensors", model)
-    _load_optimizer(load_file(folder / "optimizer.safetensors"), model, optimizer)
-    return json.loads((folder / MANIFEST).read_text())["step"]
-
-
-def load_trained(file: Path, model: nn.Module) -> None:
-    """Copy trained tensors into a model that is frozen the same way; names and shapes must agree exactly."""
-    try:
-        saved = load_file(file)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    wanted = trained_tensors(model)
-    if saved.keys() != wanted.keys():
-        odd = sorted(saved.keys() ^ wanted.keys())[0]
-        where = "is missing in the file" if odd in wanted else "is not trained in this model"
-        raise UserError(f"{file}: is of another run: tensor '{odd}' {where}")
-    for name, tensor in saved.items():
-        if tensor.shape != wanted[name].shape:
+        UserError where it is of another run, or where there are some and none is whole.
+        """
+        manifest = self._newest()
+        if manifest is None and self._passed_over:
             raise UserError(
-                f"{file}: tensor '{name}' has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}"
+                f"{self._store}: none of its {len(self._passed_over)} checkpoints is whole; "
+                f"choose another train.checkpoint.folder, or remove this one to begin anew"
             )
-        wanted[name].copy_(tensor)
+        return self._read(manifest, model, optimizer)
+
+    def restore_best(self, model: nn.Module) -> dict[str, Any] | None:
+        """The trained tensors of the newest checkpoint marked best, and its state; None where there is none."""
+        return self._read(self._newest(only_best=True), model, None)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        *,
+        best: bool = False,
+        wait: bool = False,
+    ) -> None:
+        """Copy what is trained, then write it in the background. `state` is plain JSON and has the step.
+
+        Waits for the save before, and raises its error.
+        """
+        self.wait()
+        tensors = named_tensors(model, optimizer)
+        offsets = self._offsets(tensors)
+        staged = self._staging.copy({name: tensors[name] for name in offsets})
+        facts = Manifest(state["step"], _plain(state), self.identity, self.world.size, best, {})
+        self._thread = Thread(target=self._write, args=(facts, staged, offsets), name="checkpoint", daemon=True)
+        self._thread.start()
+        if wait or not self.config.asynchronous:
+            self.wait()
+
+    def failed(self) -> bool:
+        """Whether the save in the background has failed; `wait` says why. Of this process, at once."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the running save is done; UserError or OSError where it failed, and nothing of it is visible then."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _offsets(self, tensors: dict[str, Tensor]) -> Offsets:
+        """What this process writes: agreed upon once, as long as the tensors are the same."""
+        signature = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+        if self._share[0] != signature:
+            self._share = signature, own_share(tensors, rank=self.world.rank, gather=self._together.gather)
+        return self._share[1]
+
+    def _write(self, facts: Manifest, staged: dict[str, Tensor], offsets: Offsets) -> None:
+        """In the background, on every process at the same time."""
+        try:
+            self._together.do(lambda: self._store.begin(facts.step) if self.world.is_main else None)
+            written = self._together.do(lambda: self._write_own(facts.step, staged, offsets))
+            manifest = replace(facts, files={name: [*file] for part in written for name, file in part.items()})
+            self._together.do(lambda: self._publish(manifest) if self.world.is_main else None)
+        except Exception as error:  # noqa: BLE001 - `wait` raises it
+            self._error = _told(error, f"{self._store}/{step_name(facts.step)}")
+            if self.world.is_main:
+                with suppress(OSError, UserError):  # the error before says it; the next save clears what is left
+                    self._store.abandon(facts.step)
+
+    def _write_own(self, step: int, staged: dict[str, Tensor], offsets: Offsets) -> dict[str, Written]:
+        if not staged:
+            return {}
+        name = f"shard-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
+        file = self._store.partial(step) / name
+        try:
+            written = write_shard(file, staged, offsets)
+            self._store.deliver(step, name)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return {name: written}
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Make it visible, then remove what is not to be kept, damaged ones that it takes the place of first."""
+        self._store.publish(manifest.step, manifest)
+        steps = self._store.steps()
+        good = [step for step in steps if step == manifest.step or step not in self._passed_over]
+        kept = {manifest.step, *good[-self.config.keep :]}
+        kept |= {step for step in good if self.config.keep_every and step % self.config.keep_every == 0}
+        if kept != set(good):
+            kept |= set([step for step in good if self._is_best(step)][-1:])
+        for step in steps:
+            if step not in kept:
+                self._store.remove(step)
+        self._passed_over = set()
+
+    def _is_best(self, step: int) -> bool:
+        try:
+            return self._store.manifest(step).best
+        except Damaged:
+            return False
+
+    def _newest(self, *, only_best: bool = False) -> Manifest | None:
+        """The newest verified checkpoint; damaged ones are named and passed over."""
+        self.wait()
+        self._passed_over = set()
+        steps = self._together.do(lambda: self._store.steps() if self.world.is_main else [])[0]
+        for step in reversed(steps):
+            found = self._together.do(lambda step=step: self._examined(step, only_best))
+            problem = next((item for item in found if isinstance(item, str)), None)
+            if problem is not None:
+                self._passed_over.add(step)
+                if self.world.is_main:
+                    console.print(f"[yellow]![/] {self._store}/{step_name(step)} is passed over: {problem}")
+            elif isinstance(found[0], Manifest):
+                return found[0]
+        return None
+
+    def _examined(self, step: int, only_best: bool) -> Manifest | str | None:
+        """The manifest where the checkpoint is whole, what is wrong where it is not, None where it is not wanted."""
+        if not self._store.is_fetched_by(self.world):
+            return None
+        try:
+            manifest = self._store.manifest(step)
+            self._require_this_run(manifest)
+            if only_best and not manifest.best:
+                return None
+            self._store.fetch(step, manifest)
+            verify(self._store.place(step), manifest)
+        except Damaged as damage:
+            return str(damage)
+        return manifest
+
+    def _require_this_run(self, manifest: Manifest) -> None:
+        there, here = manifest.identity, self.identity
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UserError(
+                    f"{self._store}: holds checkpoints of another run: {name} is {there.get(name)!r} there and "
+                    f"{here.get(name)!r} here; choose another train.checkpoint.folder or remove this one"
+                )
+
+    def _read(
+        self, manifest: Manifest | None, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any] | None:
+        if manifest is None:
+            return None
+        self._together.do(lambda: read_tensors(self._store.place(manifest.step), model, optimizer))
+        if self._store.is_fetched_by(self.world):
+            self._store.release(manifest.step)
+        return manifest.state
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state
-    return {
-        f"{name}:{key}": value.contiguous().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for key, value in state.get(parameter, {}).items()
-    }
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(value))
 
 
-def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition(":")
-        by_name.setdefault(name, {})[field] = value
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name in by_name:
-            # The step count of a fused optimizer lives with the parameter.
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in by_name[name].items()}
+def _store(folder: str, scratch: Path | None, world: World) -> LocalStore | RemoteStore:
+    if not is_remote(folder):
+        return LocalStore(Path(folder.removeprefix("file://")).expanduser())
+    assert scratch is not None, f"{folder} needs a scratch folder on this machine"
+    return RemoteStore(folder, scratch=scratch, node=world.rank - world.local_rank)
 
 
-def _problem(folder: Path) -> str | None:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        for name, digest in manifest["files"].items():
-            if hash_file(folder / name) != digest:
-                return f"{name} is damaged"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _remove(folder: Path) -> None:
-    """Renamed first, so that a half-removed folder never looks like a checkpoint."""
-    gone = folder.with_name(f".{folder.name}.removed")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+def _told(error: Exception, where: str) -> Exception:
+    """What to say of a checkpoint that could not be written; the error itself where it is not the disk's."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        why = f"no room for a checkpoint ({os.strerror(error.errno)})"
+        return UserError(f"{where}: {why}; free some, or choose another train.checkpoint.folder, and run it again")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        why = f"cannot be written ({os.strerror(error.errno)})"
+        return UserError(f"{where}: {why}; choose another train.checkpoint.folder")
+    return error

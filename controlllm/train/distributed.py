@@ -11,9 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A rank that waits longer than this for the others gives up, so that one lost process ends the job.
-TIMEOUT = timedelta(minutes=10)
-
 
 @dataclass(frozen=True)
 class World:
@@ -22,6 +19,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    """Among the processes of this node."""
 
     @property
     def is_main(self) -> bool:
@@ -32,9 +30,15 @@ class World:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """The maximum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
     def share(self, value: Any) -> Any:
@@ -44,20 +48,33 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks, on every process."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def processes() -> Iterator[World]:
-    """Join the process group that the environment describes, and leave it at the end."""
+def processes(*, timeout_seconds: float) -> Iterator[World]:
+    """Join the process group that the environment describes, and leave it at the end.
+
+    timeout_seconds: how long a process waits for the others before it gives up.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield world
     finally:

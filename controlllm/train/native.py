@@ -1,200 +1,261 @@
 """The training loop: one process per device, gradients summed, loss weighted by target tokens."""
 
-import json
+import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from controlllm.config import ControlConfig, TrainConfig, ValidationConfig
 from controlllm.control.expand import control_blocks
-from controlllm.control.loss import forward_with_loss
 from controlllm.control.schedule import set_step
-from controlllm.data.loader import Batch, Mix, batches
-from controlllm.data.shelf import PackedRow
-from controlllm.errors import UserError
-from controlllm.progress import track
-from controlllm.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from controlllm.train.distributed import World
-from controlllm.train.optim import learning_rate, make_optimizer
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Sums over the global batch, already divided: losses per target token."""
-
-    loss: float
-    cross_entropy: float
-    divergence: float | None
-    grad_norm: float
-    tokens: int
-    targets: int
-
-
-class WithLoss(torch.nn.Module):
-    """A model whose forward pass gives the loss, expanded or not: what DDP has to wrap."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Any) -> Any:
-        return forward_with_loss(self.model, **batch)
+from controlllm.data.loader import Batch, Mix
+from controlllm.progress import console, track
+from controlllm.train.best import Best
+from controlllm.train.checkpoint import Checkpoints
+from controlllm.train.curves import RunFacts
+from controlllm.train.debugging import post_mortem, stop_before_first_step
+from controlllm.train.flops import peak_flops
+from controlllm.train.guards import FiniteGuard, step_samples
+from controlllm.train.loss_scale import LossScale
+from controlllm.train.metrics import Metrics, StepRecord
+from controlllm.train.optim import make_optimizer, set_rates
+from controlllm.train.parallel import Parallel
+from controlllm.train.precision import autocast
+from controlllm.train.profiling import profile
+from controlllm.train.samples import write_samples
+from controlllm.train.share import Share, seed_place
+from controlllm.train.stopping import Stopped, StopRequest
+from controlllm.train.validate import Validation
+from controlllm.train.watchdog import Watchdog
 
 
 class Trainer:
-    """Trains `model` on `mix`; everything that must survive a restart is in the checkpoint and the step number."""
+    """Trains a model on `mix`; what must survive a restart is in the checkpoint, all else follows from the step.
+
+    Every process of a run makes one and calls `train`.
+    """
 
     def __init__(
         self,
-        model: Any,
+        parallel: Parallel,
         mix: Mix,
         config: TrainConfig,
         *,
-        world: World,
         folder: Path,
+        checkpoints: Checkpoints,
+        run: RunFacts,
         control: ControlConfig | None = None,
+        validation: Validation | None = None,
+        every: ValidationConfig | None = None,
     ):
-        if config.global_batch_size % world.size:
-            raise UserError(
-                f"train.global_batch_size {config.global_batch_size} cannot be shared equally by {world.size} processes"
-            )
-        self.model, self.mix, self.config, self.world, self.folder = model.to(world.device), mix, config, world, folder
-        self.control = control
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(model, config)
-        self.parallel = self._parallelize()
-        self.step = 0
-        self.has_divergence = any(block.divergence_name != "none" for block in control_blocks(model))
-
-    def _parallelize(self) -> Any:
-        if self.config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.world.size == 1:
-            return WithLoss(self.model)
-        return torch.nn.parallel.DistributedDataParallel(WithLoss(self.model), gradient_as_bucket_view=True)
-
-    def train(self, every: ValidationConfig | None = None) -> None:
-        """All steps that are left; logs to `metrics.jsonl`, validates and saves when due."""
-        checkpoints = self.folder / "checkpoints"
-        if (saved := self.world.share(newest_checkpoint(checkpoints) if self.world.is_main else None)) is not None:
-            self.step = load_checkpoint(saved, self.model, self.optimizer)
-        log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.world.is_main else None
-        held_back = self.mix.validation(every.rows) if every else []
-        if held_back and self.step == 0:
-            self._validate(held_back, log)
-        with track("train", total=self.config.steps, start=self.step) as advance:
-            while self.step < self.config.steps:
-                began = time.monotonic()
-                result = self.train_step()
-                self.step += 1
-                if log:
-                    seconds = time.monotonic() - began
-                    log.write(
-                        {"step": self.step, "lr": self._lr(self.step - 1), "seconds": round(seconds, 4), **vars(result)}
-                    )
-                    advance(self.step, f"loss {result.cross_entropy:.3f} · {result.tokens / seconds:,.0f} tok/s")
-                last = self.step == self.config.steps
-                if held_back and every and (last or self.step % every.every == 0):
-                    self._validate(held_back, log)
-                if self.world.is_main and not last and self.step % self.config.checkpoint.every == 0:
-                    save_checkpoint(
-                        checkpoints, self.step, self.model, self.optimizer, keep=self.config.checkpoint.keep
-                    )
-
-    def train_step(self) -> StepResult:
-        """One optimizer step over the global batch."""
-        if self.control:
-            set_step(self.model, self.control, step=self.step, steps=self.config.steps)
-        micro_batches = self._micro_batches()
-        counts = torch.tensor([[b.targets, b.tokens] for b in micro_batches]).sum(0).to(self.world.device)
-        targets, tokens = self.world.sum(counts).tolist()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        for number, batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            with self._sync(last), self._autocast():
-                out = self.parallel(**self._arguments(batch), num_items_in_batch=targets, num_tokens_in_batch=tokens)
-                (out.loss * self.world.size).backward()  # DDP averages over the processes; we want the sum
-            sums += torch.stack([out.loss.detach(), *_parts(out)]).double()
-        loss, entropy, divergence = self.world.sum(sums).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.max_grad_norm).item()
-        self._refuse_non_finite(loss, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, entropy, divergence if self.has_divergence else None, norm, tokens, targets)
-
-    def _micro_batches(self) -> list[Batch]:
-        return self.mix.step(
-            self.step,
-            global_batch=self.config.global_batch_size,
-            micro_batch=self.config.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+        parallel.settle()
+        self.parallel, self.model, self.world = parallel, parallel.model, parallel.world
+        self.mix, self.config, self.control, self.folder = mix, config, control, folder
+        self.checkpoints, self.validation, self.every = checkpoints, validation, every
+        self.share = Share(mix, config, self.world)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.model, config)
+        self.scale = LossScale(config)
+        self.guard = FiniteGuard(config.guards.max_skipped, announce=self.world.is_main)
+        self.best = Best(every.best) if every and every.best else None
+        self.watchdog, self.stop = Watchdog(self.world, seconds=config.guards.hang_seconds), StopRequest()
+        self.has_divergence = any(block.divergence_name != "none" for block in control_blocks(self.model))
+        if validation:
+            validation.passes.beat = lambda: self._phase("validate")
+        self.step = self.tokens = 0
+        saved = self._restore()
+        peak = peak_flops(self.world.device, config.precision, config.metrics)
+        self.metrics = Metrics(
+            folder, config.metrics, world=self.world, run=run, model=self.model, peak=peak, step=self.step, state=saved
         )
 
+    def train(self, *, debug: int | None = None) -> None:
+        """All steps that are left. Raises Stopped, with everything saved, after a SIGTERM or SIGINT.
+
+        debug: the process that stops in pdb before the first step; no process is watched then.
+        """
+        with self._surroundings(debug) as show:
+            if self.step == 0:
+                self._validate()
+            if debug is not None:
+                stop_before_first_step(self.world, debug)
+            while not self.finished:
+                record, stopping = self.train_step()
+                show(record)
+                improved = self.every is not None and self._is_due(self.every.every) and self._validate()
+                if improved or stopping or self._is_due(self.config.checkpoint.every):
+                    self._save(best=improved, wait=stopping)
+                if stopping and not self.finished:
+                    raise Stopped(self.stop.signal or "SIGTERM", self.step)
+            if self.best and self.best.config.use == "best":
+                self._phase("restore")
+                self.checkpoints.wait()
+                self.checkpoints.restore_best(self.model)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.done >= 1 or (self.best is not None and self.best.exhausted)
+
+    @property
+    def done(self) -> float:
+        """The share of the run that is behind."""
+        return self.tokens / self.config.tokens if self.config.tokens else self.step / (self.config.steps or 1)
+
+    def train_step(self) -> tuple[StepRecord, bool]:
+        """One optimizer step over the global batch, applied by all processes or, if it is not finite anywhere, by none.
+
+        Gives its record, and whether any process was asked to stop.
+        """
+        began = time.monotonic()
+        self._phase("data")
+        micro_batches = self.share.of(self.step)
+        waited = time.monotonic() - began
+        targets, tokens, flops = self._sum([[b.targets, b.tokens, self._flops(b)] for b in micro_batches])
+        if self.control:
+            set_step(self.model, self.control, step=self.step, done=self._done_before(tokens))
+        losses = [self._forward_backward(k, batch, targets, tokens) for k, batch in enumerate(micro_batches)]
+        self._phase("gradients")
+        loss, entropy, divergence = self._sum(losses)
+        stop, failed = self._sum([[self.stop.signal is not None, self.checkpoints.failed()]])
+        norm = self._clip()
+        rate = set_rates(self.optimizer, self.config, step=self.step, tokens=self.tokens, step_tokens=int(tokens))
+        self._phase("optimizer")
+        if applied := self._may_apply(loss, norm, losses):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens = self.step + 1, self.tokens + int(tokens)
+        if failed:
+            self.checkpoints.wait()  # raises on every process what went wrong on one
+        record = StepRecord(
+            step=self.step, lr=rate, loss=loss, cross_entropy=entropy,
+            divergence=divergence if self.has_divergence else None, grad_norm=norm, tokens=int(tokens),
+            targets=int(targets), seconds=time.monotonic() - began, data_seconds=waited, flops=flops or None,
+            skipped=not applied,
+        )  # fmt: skip
+        return record, bool(stop)
+
+    def _forward_backward(self, number: int, batch: Batch, targets: float, tokens: float) -> Tensor:
+        """Add a micro-batch's gradients; its share of (loss, cross-entropy, divergence)."""
+        seed_place(self.config.seed, self.step, number * self.world.size + self.world.rank)
+        with self.parallel.synchronised(number == self.share.rounds - 1):
+            self._phase("forward")
+            with autocast(self.config, self.world.device):
+                out = self.parallel(**self._arguments(batch), num_items_in_batch=targets, num_tokens_in_batch=tokens)
+            self._phase("backward")
+            self.scale.scale(out.loss * self.parallel.gradient_factor).backward()
+        divergence = torch.zeros_like(out.cross_entropy) if out.divergence is None else out.divergence
+        return torch.stack([out.loss.detach(), out.cross_entropy, divergence])
+
+    def _sum(self, values: Sequence[Any]) -> list[float]:
+        """Of this process's micro-batches, and over the processes."""
+        rows = [torch.as_tensor(row, dtype=torch.float64, device=self.world.device) for row in values]
+        return self.world.sum(torch.stack(rows).sum(0)).tolist()
+
+    def _clip(self) -> float:
+        """The norm of the whole gradient, over all that is trained and all processes, before it is scaled down."""
+        self.scale.unscale(self.trained)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def _may_apply(self, loss: float, norm: float, losses: list[Tensor]) -> bool:
+        finite = math.isfinite(norm)
+        if self.scale.update(finite) and math.isfinite(loss):
+            return False  # the loss scale was too large, which is no fault of the run
+
+        def samples() -> list[str]:
+            each = [loss[0].item() for loss in losses]
+            return step_samples(self.mix, self.share.places(self.step), each, world=self.world)
+
+        return self.guard.check(self.step + 1, loss=loss, grad_norm=norm, samples=samples)
+
+    def _done_before(self, tokens: float) -> float:
+        """0 at the first step, 1 at the last."""
+        if self.config.tokens:
+            return min(1.0, self.tokens / max(1.0, self.config.tokens - tokens))
+        return self.step / max(1, (self.config.steps or 1) - 1)
+
     def _arguments(self, batch: Batch) -> dict[str, Any]:
-        return {name: value.to(self.world.device, non_blocking=True) for name, value in batch.arguments().items()}
+        given = batch.arguments(self.model.config._attn_implementation)
+        device = self.world.device
+        return {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in given.items()}
 
-    def _sync(self, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()
+    def _flops(self, batch: Batch) -> float:
+        if self.parallel.cost is None or not batch.targets:
+            return 0.0
+        return self.parallel.cost.step(batch.cu_seq_lens_q.diff().tolist(), targets=batch.targets)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
+    def _validate(self) -> bool:
+        """Whether this was the best so far; the untrained model's does not count."""
+        if self.validation is None:
+            return False
+        self._phase("validate")
+        measured = self.validation.run()
+        self.parallel.settle()
+        self.metrics.event(self.step, measured)
+        if self.world.is_main and (samples := self.validation.samples()):
+            write_samples(self.folder, self.step, samples)
+        return self.best is not None and self.step > 0 and self.best.update(self.step, measured)
 
-    def _lr(self, step: int) -> float:
-        return learning_rate(step, steps=self.config.steps, peak=self.config.lr, schedule=self.config.schedule)
+    def _save(self, *, best: bool, wait: bool) -> None:
+        self._phase("save")
+        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "metrics": self.metrics.state()}
+        state |= {name: part.state() for name, part in self._stateful()}
+        self.checkpoints.save(self.model, self.optimizer, state, best=best, wait=wait)
 
-    def _refuse_non_finite(self, loss: float, norm: float) -> None:
-        if not (abs(loss) < float("inf") and norm < float("inf")):
-            raise UserError(
-                f"train: loss {loss} and gradient norm {norm} at step {self.step + 1} are not finite; the step was not "
-                f"applied. Lower train.lr ({self.config.lr}) or look at the rows of this step"
-            )
+    def _restore(self) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint, if there is one; gives the metrics' state."""
+        state = self.checkpoints.restore(self.model, self.optimizer)
+        if state is None:
+            return None
+        self.step, self.tokens = state["step"], state["tokens"]
+        for name, part in self._stateful():
+            part.load(state[name])
+        if self.world.is_main:
+            console.print(f"  going on after step {self.step:,}", markup=False)
+        return state["metrics"]
 
-    @torch.no_grad()
-    def _validate(self, rows: list[PackedRow], log: "MetricsLog | None") -> None:
-        """Mean loss per target over the validation rows; every process sees all of them, which keeps them in step."""
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        targets = 0
-        for batch in batches(rows, size=self.config.micro_batch_size):
-            with self._autocast():
-                out: Any = forward_with_loss(
-                    self.model, **self._arguments(batch), num_items_in_batch=1, measure_divergence=False
-                )
-            total += out.cross_entropy.double().cpu()
-            targets += batch.targets
-        self.model.train()
-        if log:
-            log.write({"step": self.step, "validation_loss": total.item() / max(targets, 1)})
+    def _stateful(self) -> list[tuple[str, Any]]:
+        parts: dict[str, Any] = {"guard": self.guard, "loss_scale": self.scale, "best": self.best}
+        return [(name, part) for name, part in parts.items() if part is not None]
 
+    def _is_due(self, every: int) -> bool:
+        return self.finished or self.step % every == 0
 
-def _parts(out: Any) -> Iterator[Tensor]:
-    yield out.cross_entropy
-    yield out.divergence if out.divergence is not None else torch.zeros_like(out.cross_entropy)
+    def _phase(self, name: str) -> None:
+        self.watchdog.phase(name, self.step + 1)
 
+    @contextmanager
+    def _surroundings(self, debug: int | None) -> Iterator[Callable[[StepRecord], None]]:
+        """What goes on around the steps: watching, listening to signals, profiling; and a way to show a step."""
+        if debug is not None:
+            self.watchdog.seconds = math.inf
+        total, done = (self.config.tokens, self.tokens) if self.config.tokens else (self.config.steps or 1, self.step)
+        bar = track("train", total=total, start=done) if self.world.is_main else nullcontext(lambda *_: None)
+        finished = False
+        try:
+            with (
+                self.watchdog,
+                self.stop,
+                bar as advance,
+                profile(self.config.profile, self.folder, self.world) as mark,
+            ):
 
-class MetricsLog:
-    """One JSON line per event; a resumed run drops the lines after its checkpoint and goes on."""
+                def show(record: StepRecord) -> None:
+                    self.metrics.step(record)
+                    advance(min(total, self.tokens if self.config.tokens else self.step), self.metrics.note)
+                    mark(record.flops and record.flops / self.world.size)
 
-    def __init__(self, file: Path, step: int):
-        kept = [line for line in _lines(file) if json.loads(line)["step"] <= step] if step else []
-        file.write_text("".join(line + "\n" for line in kept))
-        self.file = file
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-
-
-def _lines(file: Path) -> list[str]:
-    """Complete lines only: the last one may have been cut off by a kill."""
-    return file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+                with nullcontext() if debug is None else post_mortem(self.world, debug):
+                    yield show
+                self._phase("save")
+                self.checkpoints.wait()
+            finished = True
+        finally:
+            self.metrics.close(finished=finished)

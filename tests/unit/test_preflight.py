@@ -94,7 +94,7 @@ def test_unbuilt_value_is_named(model: Path) -> None:
     "changes",
     [
         {"pack__strategy": "pad"},
-        {"train__activation_checkpointing": True},
+        {"train__activation_checkpointing": "full"},
         {"model__attention": "eager"},
         {"model__attention": "flash_attention_2"},
         {"control__divergence": "none"},

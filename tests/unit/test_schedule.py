@@ -20,7 +20,7 @@ from controlllm.errors import UserError
     ({"kind": "linear", "final": 4.0, "steps": 3}, [2, 3, 4, 4, 4]),
 ])  # fmt: skip
 def test_ramp(way, values):
-    assert [ramp(2.0, RampConfig(**way), step=step, steps=5) for step in range(5)] == pytest.approx(values)
+    assert [ramp(2.0, RampConfig(**way), step=step, done=step / 4) for step in range(5)] == pytest.approx(values)
 
 
 def test_every_pair_gets_the_weights_of_the_step(tiny_model):
@@ -32,7 +32,7 @@ def test_every_pair_gets_the_weights_of_the_step(tiny_model):
     )
     model = expand_model(tiny_model, ControlSettings.resolve(control, num_layers=4))
     for step, alpha, weight in [(0, 0.5, 1.0), (5, 0.7, 0.5), (10, 0.9, 0.0)]:
-        set_step(model, control, step=step, steps=11)
+        set_step(model, control, step=step, done=step / 10)
         for block in control_blocks(model):
             assert torch.sigmoid(block.interpolation.alpha_logit).item() == pytest.approx(alpha)
             assert block.divergence_weight == pytest.approx(weight)

@@ -1,0 +1,235 @@
+"""What a decoder block keeps for the backward pass, by the tensors that autograd keeps in each of its parts.
+
+Per token, with c bytes per number in products, r in the residual stream, n = heads · head_dim, m the same of the keys:
+
+    norms       2 inputs in float32; their normalised values (r) where the norm is trained
+    attention   query, key, value, output: 2(n + m)·c, and a float32 per head
+    MLP         gate, its activation, up: 3·intermediate·c
+    products    their inputs, where their weights are trained: 2·hidden + n + intermediate, in c
+
+Where autocast converts, each of query, key and value (gate and up) has a converted input of its own, and the converted
+weights are kept, too. bench/memory.py compares this with what is measured.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from controlllm.config import LoRAConfig, RunConfig
+from controlllm.control.settings import ControlSettings
+from controlllm.model_shape import Decoder
+from controlllm.train.partial import choose_blocks
+
+ADAPTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes per number while training."""
+
+    frozen: int
+    """Storage of frozen weights."""
+    trained: int
+    """Storage of trained weights."""
+    frozen_seen: int
+    """As the forward pass sees them: FSDP gathers in another type."""
+    trained_seen: int
+    compute: int
+    """Of products."""
+    residual: int
+    """Of hidden states between blocks."""
+    autocast: bool
+    """Whether weights and inputs of another type are converted for each product."""
+    lean: bool
+    """Whether norms and MLP are fused kernels, which keep their inputs only."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes of one block, in the order of the forward pass; of a pair both are blocks."""
+
+    weights: int
+    """Numbers, not bytes."""
+    trained: int
+    """Of them; all, none, or those of adapters."""
+    in_graph: bool
+    """Whether the backward pass comes through it."""
+    kept: int = 0
+    """Until its backward pass."""
+    copies: int = 0
+    """Converted weights that are kept as long."""
+    cached: int = 0
+    """Converted trained weights that autocast keeps until the forward pass is over."""
+    blend: int = 0
+    """What the blend with its frozen block keeps."""
+    working: int = 0
+    """While its backward pass begins: what is computed again, and gradients on their way."""
+    forward: int = 0
+    """While its forward pass runs."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything a block's bytes depend on."""
+
+    decoder: Decoder
+    numbers: Numbers
+    tokens: int
+    """Of one forward pass."""
+    checkpointing: Literal["none", "selective", "full"]
+    attention: str
+    lora: LoRAConfig | None
+
+
+def blocks(config: RunConfig, sizes: Sizes, *, layers: int) -> list[Block]:
+    """All blocks in the order in which they run, of a pair the frozen one first. ValueError where sites do not fit."""
+    if config.control:
+        settings = ControlSettings.resolve(config.control, num_layers=layers)
+        return list(_expanded(settings, sizes, layers))
+    if config.partial:
+        chosen = choose_blocks(config.partial, layers)
+        return [_block(sizes, trained=i in chosen, below=i <= min(chosen)) for i in range(layers)]
+    return [_block(sizes, trained=not config.lora, below=bool(config.lora) and i == 0) for i in range(layers)]
+
+
+def _expanded(settings: ControlSettings, sizes: Sizes, layers: int) -> Iterator[Block]:
+    lowest = min(settings.sites)
+    teacher_only = settings.interpolation == "none" and settings.detach_teacher
+    for layer in range(layers):
+        paired = layer in settings.paired_sites
+        # No gradient reaches what lies below the first trained block, nor a frozen block that is nothing but a teacher.
+        frozen = _block(sizes, trained=False, below=layer <= lowest or (paired and teacher_only))
+        yield frozen
+        if paired or layer in settings.stacked_sites:
+            blend = _blend(settings, sizes) if paired else 0
+            yield _block(sizes, trained=True, below=layer == lowest, partner=paired and frozen.in_graph, blend=blend)
+
+
+def _block(sizes: Sizes, *, trained: bool, below: bool, partner: bool = False, blend: int = 0) -> Block:
+    """below: its input needs no gradient; partner: that input is kept by the frozen block already."""
+    decoder, numbers, mode = sizes.decoder, sizes.numbers, sizes.checkpointing
+    adapters = adapter_weights(decoder, sizes.lora)
+    weights, own = decoder.block + adapters, decoder.block if trained else adapters
+    forward = sizes.tokens * (4 * decoder.intermediate * numbers.compute + 3 * decoder.hidden * numbers.residual)
+    if not own and below:
+        return Block(weights, own, in_graph=False, forward=forward)
+    everything = sizes.tokens * _kept(sizes, trained=trained, below=below, partner=partner)
+    copies, cached = _copies(sizes, trained=trained, adapters=adapters)
+    on_the_way = sizes.tokens * 2 * (decoder.intermediate * numbers.compute + decoder.hidden * numbers.residual)
+    if trained:  # the first gradient of the block: of its largest matrix, and before it was converted
+        conversion = numbers.compute if numbers.autocast and numbers.trained_seen != numbers.compute else 0
+        on_the_way += decoder.hidden * decoder.intermediate * (numbers.trained_seen + conversion)
+    if mode == "none":
+        return Block(weights, own, True, everything, copies, 0, blend, on_the_way, forward)
+    products = 0 if mode == "full" else sizes.tokens * _products(sizes)
+    kept = products + (0 if partner else sizes.tokens * decoder.hidden * numbers.residual)
+    again = max(everything + copies - sizes.tokens * _products_in_use(sizes) * bool(products), 0)
+    return Block(weights, own, True, kept, 0, cached, blend, again + on_the_way, forward)
+
+
+def _kept(sizes: Sizes, *, trained: bool, below: bool, partner: bool) -> int:
+    """Bytes per token without activation checkpointing."""
+    decoder, numbers = sizes.decoder, sizes.numbers
+    hidden, inner, queries = decoder.hidden, decoder.intermediate, decoder.heads * decoder.head_dim
+    norm = hidden * (numbers.residual if numbers.lean else 4)
+    shared = partner and norm == hidden * numbers.residual  # the block's input itself
+    norms = norm * (2 - (below or shared)) + 8
+    mlp = (2 if numbers.lean else 3) * inner * numbers.compute
+    total = norms + _attention(sizes) + mlp
+    if trained and not numbers.lean:
+        total += 2 * hidden * numbers.residual
+    if trained or sizes.lora:
+        total += numbers.compute * sum(_inputs(sizes))
+    if trained and sizes.attention.startswith("flash"):
+        total -= numbers.compute * queries  # the kernel's output is the next product's input
+    return total + (numbers.compute * sizes.lora.rank * len(_targets(sizes.lora)) if sizes.lora else 0)
+
+
+def _inputs(sizes: Sizes) -> list[int]:
+    """Widths of the inputs that products with trained weights keep."""
+    decoder, numbers = sizes.decoder, sizes.numbers
+    seen = numbers.residual if numbers.lean else max(numbers.residual, numbers.trained_seen)
+    converted = numbers.autocast and seen != numbers.compute
+    targets = _targets(sizes.lora)
+    groups = [targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}]
+    widths = [decoder.hidden * (len(group) if converted else min(len(group), 1)) for group in groups]
+    widths.append(decoder.heads * decoder.head_dim if "o_proj" in targets else 0)
+    return [*widths, decoder.intermediate if "down_proj" in targets else 0]
+
+
+def _attention(sizes: Sizes) -> int:
+    decoder, numbers = sizes.decoder, sizes.numbers
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    if sizes.attention == "eager":  # the whole map, in float32 and as it is multiplied
+        maps = decoder.heads * sizes.tokens * (4 + numbers.compute % 4)
+        return maps + 3 * queries * numbers.compute
+    if sizes.attention == "sdpa":  # keys and values repeated for every head
+        keys = queries
+    return 2 * (queries + keys) * numbers.compute + 4 * decoder.heads
+
+
+def _products(sizes: Sizes) -> int:
+    """Bytes per token of a block's products and attention."""
+    decoder, numbers = sizes.decoder, sizes.numbers
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    products = queries + 2 * keys + 2 * decoder.hidden + 2 * decoder.intermediate
+    if sizes.lora:
+        targets = _targets(sizes.lora)
+        products += sum(wide for name, (_, wide) in linears(decoder).items() if name in targets)
+        products += sizes.lora.rank * len(targets)
+    return (products + queries) * numbers.compute + 4 * decoder.heads
+
+
+def _products_in_use(sizes: Sizes) -> int:
+    """Those that stand for what would otherwise be kept: value, attention's output, gate and up."""
+    decoder = sizes.decoder
+    width = decoder.head_dim * (decoder.heads + decoder.kv_heads) + 2 * decoder.intermediate
+    return width * sizes.numbers.compute
+
+
+def _copies(sizes: Sizes, *, trained: bool, adapters: int) -> tuple[int, int]:
+    """Bytes of converted weights: all that a backward pass needs, and those of them that autocast caches."""
+    decoder, numbers = sizes.decoder, sizes.numbers
+    if not numbers.autocast:
+        return 0, 0
+    own = decoder.block_matrices if trained else adapters
+    others = 0 if trained else decoder.block_matrices
+    cached = numbers.compute * own * (numbers.trained_seen != numbers.compute)
+    return cached + numbers.compute * others * (numbers.frozen_seen != numbers.compute), cached
+
+
+def _blend(settings: ControlSettings, sizes: Sizes) -> int:
+    """Bytes that blend and divergence keep (control/blend.py)."""
+    residual, state = sizes.numbers.residual, sizes.tokens * sizes.decoder.hidden
+    measured = settings.divergence != "none"
+    if settings.teacher == "trajectory" and measured:
+        return state * (3 * residual + 4)
+    plain = settings.interpolation in ("lerp", "none", "dlerpin", "moe", "moe_hard", "proj")
+    if settings.divergence in ("mse", "none", "attention") and plain and settings.interpolation != "proj":
+        return state * residual * (measured or settings.interpolation != "none")
+    if settings.interpolation == "prog" or residual < 4:
+        return 2 * state * residual
+    return state * residual  # the blend itself is the next block's input, which that keeps
+
+
+def linears(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a block's linear maps."""
+    hidden, inner = decoder.hidden, decoder.intermediate
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    return {
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+
+
+def adapter_weights(decoder: Decoder, lora: LoRAConfig | None) -> int:
+    """Numbers in the adapters of one block."""
+    if lora is None:
+        return 0
+    targets = _targets(lora)
+    return sum(lora.rank * sum(sides) for name, sides in linears(decoder).items() if name in targets)
+
+
+def _targets(lora: LoRAConfig | None) -> set[str]:
+    """All linear maps without LoRA, because then all of a trained block are trained."""
+    return set(ADAPTED) if lora is None or lora.target_modules == "all-linear" else ADAPTED & set(lora.target_modules)

@@ -1,0 +1,93 @@
+"""The whole tree, and how it is read."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from controlllm.config.assess import BenchmarkConfig, ReportConfig, SmokeConfig, ValidationConfig
+from controlllm.config.base import Config, Name
+from controlllm.config.data import MixConfig, PackConfig
+from controlllm.config.method import ControlConfig, LoRAConfig, Method, ModelConfig, PartialConfig, QuantizationConfig
+from controlllm.config.train import TrainConfig
+from controlllm.errors import UserError
+from controlllm.mistakes import explain
+from controlllm.recipe import Source, read
+
+
+class RunConfig(Config):
+    """One run. Optional sections that are left out are off."""
+
+    name: Name
+    """Of the run and its folder."""
+    output: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder in which `<name>/` with the report and a link to the model is put."""
+    model: ModelConfig
+    control: ControlConfig | None = None
+    lora: LoRAConfig | None = None
+    partial: PartialConfig | None = None
+    quantization: QuantizationConfig | None = None
+    pack: PackConfig = PackConfig()
+    mix: MixConfig
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig | None = None
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    smoke: SmokeConfig | None = SmokeConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "RunConfig":
+        if self.pack.streaming and len(self.mix.datasets) > 1 and any(d.weight is None for d in self.mix.datasets):
+            raise ValueError(
+                "pack.streaming begins before the sizes of the datasets are known: give each of mix.datasets a weight"
+            )
+        if self.pack.streaming and self.mix.order == "length":
+            raise ValueError("mix.order length sorts all rows, which pack.streaming does not wait for: choose one")
+        if self.validation and not self.pack.validation_fraction:
+            raise ValueError("validation needs held-back documents: set pack.validation_fraction, for example to 0.02")
+        if self.control and self.control.divergence == "attention" and self.model.attention != "eager":
+            raise ValueError(
+                "control.divergence attention needs the attention maps: set model.attention to eager, "
+                f"found {self.model.attention}"
+            )
+        if self.quantization and not (self.control or self.lora):
+            raise ValueError("quantization stores frozen weights: it needs a control or a lora section")
+        return self
+
+    @model_validator(mode="after")
+    def _one_method(self) -> "RunConfig":
+        methods = [name for name in ("control", "lora", "partial") if getattr(self, name)]
+        if len(methods) > 1:
+            raise ValueError(f"{methods[0]} and {methods[1]} exclude each other: leave one section out")
+        return self
+
+    @model_validator(mode="after")
+    def _probes_measured(self) -> "RunConfig":
+        retention = self.validation.retention if self.validation else None
+        if missing := [name for name in (retention.probes if retention else []) if name not in self.benchmark.old]:
+            raise ValueError(
+                f"validation.retention.probes names {missing[0]}, which is not in benchmark.old "
+                f"({', '.join(self.benchmark.old)})"
+            )
+        return self
+
+    @property
+    def method(self) -> Method:
+        """The sections that say what is trained."""
+        return Method(control=self.control, lora=self.lora, partial=self.partial)
+
+
+def load_config(recipe: str | Path, *overrides: str) -> RunConfig:
+    """Read a YAML recipe, apply `section.key=value` overrides left to right, validate once.
+
+    Raises UserError with one line that names file, line, key, what was found and what was expected.
+    """
+    return validate(*read(Path(recipe), *overrides))
+
+
+def validate(tree: Any, source: Source) -> RunConfig:
+    """The whole tree at once; the first mistake as one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, tree=tree, source=source)) from None

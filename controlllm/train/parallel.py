@@ -1,0 +1,155 @@
+"""The one place where a model that knows nothing of processes is spread over them.
+
+The order matters and stands here once: kernels, activation checkpointing, compilation, then DDP, FSDP2 or HSDP.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from controlllm.config import FSDP, TrainConfig
+from controlllm.control.block import ControlBlock
+from controlllm.control.expand import decoder_layers
+from controlllm.control.loss import forward_with_loss
+from controlllm.errors import UserError
+from controlllm.train.activations import checkpoint_activations
+from controlllm.train.compiling import compile_blocks
+from controlllm.train.distributed import World
+from controlllm.train.flops import StepCost, step_cost
+from controlllm.train.kernels import use_kernels
+from controlllm.train.precision import cast_model, shard_dtypes, to_float8
+
+Fill = Callable[[Any], None]
+
+
+class Parallel:
+    """A model spread over the processes of a run. Called with a batch and its counts, it gives the loss."""
+
+    def __init__(self, model: Any, module: nn.Module, world: World, cost: StepCost | None):
+        self.model, self.module, self.world, self.cost = model, module, world, cost
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    @property
+    def gradient_factor(self) -> int:
+        """What a loss is multiplied with before its backward pass: DDP and FSDP average, we want the sum."""
+        return self.world.size
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.module, FSDPModule)
+
+    def settle(self) -> None:
+        """After passes without a backward pass, which would have done it: let go of what was gathered for them.
+
+        Until then the parameters that are seen are not the shards.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def synchronised(self, on: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a micro-batch: whether gradients are exchanged at its end."""
+        if isinstance(self.module, FSDPModule):
+            return _sharded_sync(self.module, on)
+        if isinstance(self.module, DistributedDataParallel) and not on:
+            return self.module.no_sync()
+        return nullcontext()
+
+
+@contextmanager
+def _sharded_sync(module: FSDPModule, on: bool) -> Iterator[None]:
+    module.set_requires_gradient_sync(on)
+    yield
+
+
+def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | None = None) -> Parallel:
+    """Spread `model` over the processes of `world`, in place.
+
+    fill: reads the weights of a model that is still empty (on the meta device), after it was cut into shards.
+    UserError where sizes or settings do not fit the processes.
+    """
+    cost = step_cost(model)
+    _attach_loss(model)
+    cast_model(model, config)
+    to_float8(model, config, world.device)
+    use_kernels(model, config.kernels, world.device)
+    checkpoint_activations(model, config.activation_checkpointing)
+    compile_blocks(model, config.compile)
+    if isinstance(config.parallel, FSDP):
+        _shard(model, device_mesh(world, config.parallel), config)
+        if fill:
+            fill(model)
+        return Parallel(model, model, world, cost)
+    if fill:
+        fill(model)
+    model.to(world.device)
+    if world.size == 1:
+        return Parallel(model, model, world, cost)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return Parallel(model, ddp, world, cost)
+
+
+def device_mesh(world: World, config: FSDP) -> DeviceMesh:
+    """(shards,) for FSDP, (replicas, shards) for HSDP; the launcher says how many processes there are."""
+    shards = config.shards or world.size // config.replicas
+    if config.replicas * shards != world.size:
+        raise UserError(
+            f"train.parallel: {config.replicas} replicas × {shards or 1} shards need "
+            f"{config.replicas * (shards or 1)} processes, but the launcher started {world.size}"
+        )
+    if not torch.distributed.is_initialized():
+        raise UserError(
+            "train.parallel.kind fsdp shards over the processes of a launcher: start with torchrun "
+            "(python -m torch.distributed.run --nproc-per-node N -m controlllm.cli train ...), or use ddp"
+        )
+    if config.replicas == 1:
+        return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (config.replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:
+    """Every block for itself, the two of a pair one after the other, then the rest."""
+    parallel = config.parallel
+    assert isinstance(parallel, FSDP)
+    replicated = {p for p in model.parameters() if not p.requires_grad} if parallel.frozen == "replicate" else set()
+    param_dtype, reduce_dtype = shard_dtypes(config)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload, "ignored_params": replicated}
+    # Autocast decides the types inside; inputs such as positions and hidden states stay as they are.
+    gathered_small = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
+    gathered_whole = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
+
+    def shard(part: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        if any(p not in replicated for p in part.parameters()):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward, **options)
+
+    for layer in decoder_layers(model.base_model):
+        if isinstance(layer, ControlBlock):
+            shard(layer.frozen, gathered_small)
+            shard(layer.expanded, gathered_small)
+            shard(layer, gathered_whole)  # what is left: the alphas, few and precise
+        else:
+            shard(layer, gathered_small)
+    fully_shard(model, mp_policy=gathered_small, **options)
+
+
+def _attach_loss(model: Any) -> None:
+    """Let the model's own call give the loss, so that the hooks of DDP and FSDP are run around all of it."""
+    plain = model.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if "num_items_in_batch" in kwargs:
+            return forward_with_loss(model, *args, **kwargs)
+        return plain(*args, **kwargs)
+
+    model.forward = forward

@@ -1,0 +1,46 @@
+"""What training changes in a model: as tensors, and as a file of its own."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from controlllm.control.schedule import scheduled_names
+from controlllm.errors import UserError
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """By parameter name; DTensors of a sharded model as such; tied parameters once."""
+    moved = set(scheduled_names(model))
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in moved}
+
+
+def whole_trained_tensors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The same, gathered from all processes, in CPU memory of those that `keep` them. Every process calls this."""
+    whole = {}
+    for name, tensor in trained_tensors(model).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = full.contiguous().cpu()
+    return whole
+
+
+def load_trained(file: Path, model: nn.Module) -> None:
+    """Copy trained tensors into a model that is not sharded and frozen the same way; names and shapes must agree."""
+    try:
+        saved = load_file(file)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    wanted = trained_tensors(model)
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())[0]
+        where = "is missing in the file" if odd in wanted else "is not trained in this model"
+        raise UserError(f"{file}: is of another run: tensor '{odd}' {where}")
+    for name, tensor in saved.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"{file}: tensor '{name}' has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}"
+            )
+        wanted[name].copy_(tensor)

@@ -1,0 +1,101 @@
+"""A tiny run of the native trainer, whole in one process or shared by several: what the tests here compare."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from controlllm.config import FSDP, Method, MixConfig, ModelConfig, PackConfig, TrainConfig
+from controlllm.data.loader import Mix
+from controlllm.train.attention import refuse_leaks
+from controlllm.train.checkpoint import Checkpoints
+from controlllm.train.curves import RunFacts
+from controlllm.train.distributed import World
+from controlllm.train.model import load_model
+from controlllm.train.native import Trainer
+from controlllm.train.parallel import parallelize
+from controlllm.train.weights import empty_model, fill
+
+CONTROL = {"control": {"num_expanded": 2, "interpolation": "dlerp"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "control": CONTROL,
+    "hybrid": {"control": {"layout": "hybrid", "num_expanded": 2, "divergence": "cosine"}},
+    "lora": {"lora": {"rank": 4}},
+    "partial": {"partial": {"num_blocks": 2}},
+    "full": {},
+}
+
+
+class Rows:
+    """A shelf of one unit, in memory."""
+
+    units, name = 1, "a"
+
+    def __init__(self, count: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.rows = []
+        for _ in range(count):
+            lengths = rng.integers(3, 20, size=3)
+            ids = rng.integers(2, 258, size=lengths.sum())
+            self.rows.append({"input_ids": ids, "target": rng.random(len(ids)) < 0.6, "lengths": lengths})
+
+    def rows_of(self, unit: int, kind: str = "train") -> int:
+        return len(self.rows)
+
+    def read(self, unit: int, row: int, kind: str = "train") -> Any:
+        return self.rows[row]
+
+    def tokens_per_row(self) -> float:
+        return sum(len(row["input_ids"]) for row in self.rows) / len(self.rows)
+
+
+def make(world: World, base: Path, folder: Path, method: dict[str, Any], **changes: Any) -> Trainer:
+    settings = {"steps": 3, "lr": 1e-2, "global_batch_size": 4, "precision": "float32", "checkpoint": {"every": 2}}
+    config = TrainConfig.model_validate(settings | changes)
+    model_config, chosen = ModelConfig(name=str(base)), Method.model_validate(method)
+    reads = None
+    if isinstance(config.parallel, FSDP):
+        model = empty_model(base, model_config, chosen)
+        offload = config.parallel.cpu_offload
+
+        def reads(model: Any) -> None:
+            fill(model, base, device=world.device, cpu_offload=offload, world=world)
+    else:
+        model = load_model(base, model_config, chosen)
+    parallel = parallelize(model, world, config, fill=reads)
+    refuse_leaks(parallel, attention="packed", vocabulary=258, device=world.device)
+    folder.mkdir(exist_ok=True, parents=True)
+    saved = Checkpoints(folder / "checkpoints", config.checkpoint, world=world, identity={"method": str(method)})
+    mix = Mix([Rows(10)], MixConfig.model_validate({"datasets": [{"name": "a"}]}), PackConfig())
+    run = RunFacts(name="tiny", key="tiny", settings={})
+    return Trainer(parallel, mix, config, folder=folder, checkpoints=saved, run=run, control=chosen.control)
+
+
+def facts(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Loss, divergence and gradient norm of some steps, and the first one's gradients, clipped."""
+    gradients: dict[str, Any] = {}
+    apply = trainer.optimizer.step
+
+    def step() -> None:
+        for name, p in trainer.model.named_parameters():
+            if p.requires_grad and trainer.step == 0:
+                gradients[name] = getattr(p.grad, "full_tensor", lambda p=p: p.grad)().numpy().copy()
+        apply()
+
+    trainer.optimizer.step = step  # type: ignore[method-assign]
+    records = [trainer.train_step()[0] for _ in range(steps)]
+    return {
+        "losses": [(r.loss, r.cross_entropy, r.divergence or 0.0, r.grad_norm) for r in records],
+        "counts": [(r.tokens, r.targets) for r in records],
+        "gradients": gradients,
+    }
+
+
+def cases(world: World, base: str, folder: str, wanted: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The facts of each (method, changes)."""
+    torch.manual_seed(0)
+    return [
+        facts(make(world, Path(base), Path(folder) / str(n), METHODS[method], **changes), 3)
+        for n, (method, changes) in enumerate(wanted)
+    ]
