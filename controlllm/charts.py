@@ -82,12 +82,23 @@ def drift_figure(runs: Sequence[Summary]) -> Figure | None:
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Losses, divergence and learning rate over the steps; values that are not numbers are left out."""
+    """Losses, old skills, divergence, alphas and learning rate over the steps; only what is a number."""
     colour = run_colour(0)
-    loss, held_out = _points(rows, "loss"), _points(rows, "validation_loss")
+    held_out, kept = _points(rows, "validation_loss"), _points(rows, "retention_loss")
     caption = "Bold: averaged training rows, faint: as logged." + (" Dashed: held-out rows." if held_out else "")
-    series = [(loss, colour, []), (held_out, INK, [4, 3])]
+    caption += " Dotted: text of old skills." if kept else ""
+    series = [(_points(rows, "loss"), colour, []), (held_out, INK, [4, 3]), (kept, INK, [1, 3])]
     figures = [_curves("Loss while training, nats per token", series, caption)]
+    if kept:
+        change = [(step, loss - kept[0][1]) for step, loss in kept]
+        series = [(change, INK, [1, 3]), (_points(rows, "retention_kl"), colour, [])]
+        caption = (
+            "Dotted: change in the loss on text of old skills. Line: divergence from the base's predictions there."
+        )
+        figures.append(_curves("Old skills while training, nats per token", series, caption + " Both start at 0."))
+    if alphas := _alphas(rows):
+        caption = "Weight of the twin's output, a line for each site."
+        figures.append(_curves("Alpha", [(points, colour, []) for points in alphas], caption))
     if divergence := _points(rows, "divergence"):
         caption = "Distance of the trained blocks' hidden states from the frozen blocks'."
         figures.append(_curves("Divergence", [(divergence, colour, [])], caption))
@@ -95,6 +106,14 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         if points := _points(rows, name):
             figures.append(_curves(title, [(points, colour, [])]))
     return figures
+
+
+def _alphas(rows: Sequence[Mapping[str, Any]]) -> list[list[Point]]:
+    """The course of each site's weight, if any of them moved."""
+    logged = [(row["step"], row["alpha"]) for row in rows if row.get("alpha")]
+    sites = sorted({site for _, alphas in logged for site in alphas}, key=int)
+    courses = [[(step, alphas[site]) for step, alphas in logged if site in alphas] for site in sites]
+    return courses if any(len({value for _, value in course}) > 1 for course in courses) else []
 
 
 def _after(run: Summary, change: Mapping[str, Any], index: int) -> Row:

@@ -33,7 +33,6 @@ REMOTE_PACKAGES = {"hdfs": "hdfs_native", "s3": "s3fs", "gs": "gcsfs"}
 # The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
 NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "train.trainer": (("transformers",), "use 'native'"),
-    "train.parallel.kind": (("deepspeed",), "use 'fsdp'"),
     "quantization": (None, "leave the section out"),
     "benchmark.backend": (("vllm",), "use 'hf'"),
 }

@@ -62,10 +62,12 @@ def write_train(folder: Path, *, divergence: bool = True, steps: int = 200) -> P
     for step in range(1, steps + 1):
         loss = 0.4 + 1.3 * float(np.exp(-step / 30)) + float(random.normal(0, 0.06))
         row = {"step": step, "loss": loss, "lr": 5e-4 * (1 - step / steps), "grad_norm": 1 + float(random.random())}
+        row |= {"alpha": {"2": 0.5, "5": 0.5 + 1e-4 * step}} if divergence else {}
         row |= {"divergence": 0.02 * (1 - 0.99**step) if divergence else None, "tokens": 685 * step}
         rows.append(row | {"seconds": 2.0 * step})
         if step % 25 == 0:
             rows.append({"step": step, "validation_loss": 0.45 + 1.2 * float(np.exp(-step / 30))})
+            rows[-1] |= {"retention_loss": 3.7 + 2e-4 * step, "retention_kl": 1e-3 * step}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {
         "steps": steps,

@@ -60,7 +60,7 @@ def test_overrides_apply_left_to_right(recipe: Path) -> None:
 
 
 def test_override_turns_a_section_on(recipe: Path) -> None:
-    assert load_config(recipe, "train.profile.start=7").train.profile is not None
+    assert load_config(recipe, "train.profile.wait=7").train.profile is not None
 
 
 def test_override_of_a_section_hides_what_the_recipe_said_below(recipe: Path) -> None:

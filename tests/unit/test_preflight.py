@@ -62,14 +62,8 @@ def _complaint(config: RunConfig) -> str:
 
 UNBUILT = {
     "train.trainer": {"train__trainer": "transformers"},
-    "train.parallel.kind": {"train__parallel": {"kind": "fsdp"}},
-    "train.compile": {"train__compile": True},
-    "train.profile": {"train__profile": {}},
-    "train.optimizer.name": {"train__optimizer__name": "adamw_8bit"},
-    "lora": {"lora": {}},
     "quantization": {"quantization": {}, "control": {}},
     "benchmark.backend": {"benchmark__backend": "vllm"},
-    "trackers": {"trackers": ["tensorboard"]},
 }
 
 

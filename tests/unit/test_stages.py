@@ -97,7 +97,7 @@ def test_streaming_makes_the_shards_itself_and_says_what_goes_wrong(recipe, stor
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     own = f"mix.datasets=[{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion}}]"
     with pytest.raises(UserError, match=r"own\.jsonl:2: field 'completion'"):
-        pipeline.run(load_config(recipe, own, "pack.streaming=true"), until="train")
+        pipeline.run(load_config(recipe, own, "pack.streaming=true", "validation=null"), until="train")
 
 
 def test_a_maker_that_is_killed_ends_the_training_that_waits_for_it(recipe, store, monkeypatch):

@@ -67,7 +67,7 @@ WRONG_RECIPES: dict[str, tuple[str, str, int, str]] = {
     "bad item of choice or list": ("  num_expanded: 2", "  sites: [1, a]", 6, "control.sites.1: must be a whole number, found 'a'"),
     "bad kind": ("", "  parallel: {kind: fsdpp}", 16, "train.parallel.kind: must be 'ddp', 'fsdp' or 'deepspeed'"),
     "kind missing": ("", "  parallel: {replicas: 2}", 16, "required key 'train.parallel.kind' is missing"),
-    "bad tracker": ("name: tiny", "name: tiny\ntrackers: [wand]", 2, "trackers.0 ... did you mean 'wandb'?"),
+    "bad tracker": ("", "  metrics: {trackers: [wand]}", 16, "train.metrics.trackers.0 ... did you mean 'wandb'?"),
     "bad run name": ("name: tiny", "name: ../tiny", 1, "name: must be letters, digits ... found '../tiny'"),
     "empty text": ("  name: model", "  name: ''", 4, "model.name: must be text that is not empty, found ''"),
     "missing, top": ("name: tiny\n", "", 1, "required key 'name' is missing"),
