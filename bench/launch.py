@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def in_processes(size: int, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+def in_processes(size: int, *arguments: str, **environment: str) -> list[Any]:
     """What each of `size` processes printed last: this script with its own arguments and these; SystemExit if one
     failed."""
     with socket.socket() as free:

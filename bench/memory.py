@@ -10,14 +10,12 @@ set, a second opinion, counts the whole process. The loss's chunks of the CPU ar
 
 import argparse
 import json
-import os
 import resource
-import socket
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from launch import in_processes
 
 from controlllm.config import RunConfig
 from controlllm.model_shape import Decoder, Shape
@@ -83,7 +81,7 @@ def main() -> None:
     print(f"{'case':38} {'resting':>16} {'kept':>16} {'peak':>16} {'ratio':>6} {'resident':>9}  at")
     ratios = {}
     for name in chosen:
-        measured, predicted = in_processes(name), prediction(name, options)
+        measured, predicted = in_processes(processes_of(name), "--child", name)[0], prediction(name, options)
         ratios[name] = predicted["peak"] / measured["peak"]
         columns = " ".join(f"{predicted[k] / MIB:7.0f} /{measured[k] / MIB:7.0f}" for k in ("resting", "kept", "peak"))
         resident = measured["resident"] / MIB
@@ -132,30 +130,6 @@ def processes_of(name: str) -> int:
     return int(name.rpartition("-x")[2])
 
 
-def in_processes(name: str) -> dict[str, float]:
-    """What the first of the case's processes measured."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = processes_of(name)
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1",
-        # What is freed goes back at once, so that the resident set's peak is one.
-        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-    }  # fmt: skip
-    command = [sys.executable, *sys.argv, "--child", name]
-    children = [
-        subprocess.Popen(  # noqa: S603
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE
-        )
-        for rank in range(size)
-    ]
-    answers = [process.communicate()[0] for process in children]
-    if any(process.returncode for process in children):
-        raise SystemExit(f"{name}: a process failed")
-    return json.loads(answers[0].decode().splitlines()[-1])
-
-
 def child(options: argparse.Namespace) -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -167,9 +141,8 @@ def child(options: argparse.Namespace) -> None:
     with processes(timeout_seconds=300) as world:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             train(run_config(options.child, options), options, world)
-        if world.is_main:
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
-            print(json.dumps(timeline(record) | {"resident": grown * 1024}))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
+        print(json.dumps(timeline(record) | {"resident": grown * 1024}))
 
 
 def train(config: RunConfig, options: argparse.Namespace, world: Any, *, steps: int = 3) -> None:

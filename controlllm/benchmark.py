@@ -49,23 +49,23 @@ def _evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import datasets
     import torch
-    from lm_eval import evaluator
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from controlllm.harness import CountingLM
 
     datasets.disable_progress_bars()
-    simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its type
+    measure: Any = evaluate  # its decorator hides its type
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, track("benchmark", total=_requests(data, probes)) as advance:
         tasks = [_task(name, data, scratch) for name in task_names(probes)]
         lm = CountingLM(loaded.to(device).eval(), AutoTokenizer.from_pretrained(model), config.batch_size, advance)
-        result = simple_evaluate(
-            model=lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), log_samples=True, bootstrap_iters=0
-        )
+        loaded_tasks = TaskManager(include_defaults=False).load(tasks)
+        # Not simple_evaluate, which also asks git and a dozen programs of the system about this machine.
+        result = measure(lm=lm, task_dict=loaded_tasks, log_samples=True, bootstrap_iters=0)
     if result is None:
         raise RuntimeError("the harness gave no result")
     return result["samples"], time.monotonic() - began, lm

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from controlllm.config import LoRAConfig, RunConfig
+from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import ControlSettings
 from controlllm.model_shape import Decoder
-from controlllm.train.partial import choose_blocks
 
 ADAPTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from controlllm import __version__, cli_checkpoints, cli_data, cli_train
-from controlllm.errors import UserError, one_line
+from controlllm.errors import RunError, UserError, one_line
 from controlllm.progress import prepare_environment
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as workflows/recipes/demo.yaml.")]
@@ -212,7 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the one place that turns any error into a line
         if debug:
             traceback.print_exc()
-        return _complain(*_one_line(error))
+        message, code = _one_line(error)
+        if isinstance(error, RunError) and os.environ.get("RANK", "0") != "0":
+            return code
+        return _complain(message, code)
     if code == 130:  # typer's answer to Ctrl-C
         return _complain("stopped; the same command goes on from the newest checkpoint", 130)
     return code or 0

@@ -7,6 +7,10 @@ class UserError(ValueError):
     """Bad input: names the setting or file, what was found and what to do. Shown as one line, exit code 1."""
 
 
+class RunError(UserError):
+    """Of the whole run: all its processes raise it alike, and only the main one says it."""
+
+
 def one_line(error: Exception) -> str:
     """What to say of an error that ends a command, in one line."""
     if isinstance(error, UserError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from controlllm.config import PackConfig, RunConfig
+from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
 from controlllm.data.location import is_remote, kind_of
@@ -22,7 +23,6 @@ from controlllm.memory import check_memory
 from controlllm.model_shape import Shape, model_shape
 from controlllm.recipe import KeyPath, dotted, read
 from controlllm.store import store_root
-from controlllm.train.partial import choose_blocks
 from controlllm.train.trackers import missing_trackers
 
 __all__ = ["Shape", "check", "model_shape"]

@@ -1,5 +1,6 @@
 """What a person sees while waiting: one line per stage, a bar with ETA on a terminal, a line now and then in a log."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,21 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # The bars of libraries would stand between ours, and as hundreds of lines in a log.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+TALKATIVE = (
+    "torchao",  # kernels for other devices that it did not find, when transformers imports it
+    "torch.utils._pytree",  # the way in which torchao registers its enums
+    "bitsandbytes.backends.cpu.ops",  # a 4-bit kernel that nothing here uses
+)
+"""Loggers of libraries whose warnings are about the library, and not about the run: only their errors are shown."""
+
+
+def is_first_process() -> bool:
+    """Of those that a launcher started: what each of them finds out is said once."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Advance(Protocol):
@@ -68,7 +84,7 @@ class _Log:
         self.printed = now
         left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
         eta = f"ETA {duration(left)}" if done < self.total else f"in {duration(now - self.began)}"
-        console.print(f"  {self.stage}: {done}/{self.total} {note or self.unit} · {eta}", markup=False)
+        console.print(f"  {self.stage}: {done:,}/{self.total:,} {note or self.unit} · {eta}", markup=False)
 
 
 def duration(seconds: float) -> str:

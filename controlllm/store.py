@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from controlllm.errors import UserError
 from controlllm.fingerprint import LIBRARIES, code_hashes, content_of, digest, hash_file, sync, version
-from controlllm.progress import console, duration
+from controlllm.progress import console, duration, is_first_process
 
 LINEAGE = "lineage.json"
 DELIVERED = "delivered.txt"
@@ -86,7 +86,7 @@ def run_stage(
             made = f"made {lineage['finished']}, took {duration(lineage['seconds'])}"
             if tell:
                 tell(f"{stage}: cached, {made}")
-            else:
+            elif is_first_process():
                 console.print(f"[green]●[/] {stage:<13} cached    [dim]{made}[/]")
             return Output(final, lineage, cached=True)
         if tell:

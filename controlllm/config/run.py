@@ -50,6 +50,12 @@ class RunConfig(Config):
                 "control.divergence attention needs the attention maps: set model.attention to eager, "
                 f"found {self.model.attention}"
             )
+        frozen = self.control or self.lora or self.partial
+        if frozen and self.train.precision == "float32" and self.model.dtype != "float32":
+            raise ValueError(
+                "train.precision float32 computes with the frozen weights as they are stored: set model.dtype to "
+                f"float32, too, or train.precision to bf16, found model.dtype {self.model.dtype}"
+            )
         if self.quantization and not (self.control or self.lora):
             raise ValueError("quantization stores frozen weights: it needs a control or a lora section")
         return self

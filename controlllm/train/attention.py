@@ -104,6 +104,19 @@ def register(*, compiled: bool = False) -> None:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
+def refuse_missing(attention: str, device: torch.device) -> None:
+    """UserError where this machine cannot train with the kernel that `model.attention` names."""
+    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    missing = {
+        "flex_attention": device.type == "cpu" and "has no backward pass on a CPU",
+        "flash_attention_2": not is_flash_attn_2_available() and "needs a GPU and the package flash-attn",
+        "flash_attention_3": not is_flash_attn_3_available() and "needs a Hopper GPU and the package flash-attn-3",
+    }
+    if why := missing.get(attention):
+        raise UserError(f"model.attention {attention} {why}; set it to packed, which works everywhere")
+
+
 def refuse_leaks(model: Any, *, attention: str, vocabulary: int, device: torch.device) -> None:
     """Run two documents in one row, with one first document and with another: the second's loss must stay the same.
 

@@ -24,16 +24,20 @@ class Best:
 
         UserError where the validation has no such metric.
         """
-        name = self.config.metric
-        if name not in metrics:
-            there = ", ".join(sorted(metrics))
-            raise UserError(f"validation.best.metric: '{name}' is not measured; this run has {there}")
-        value = float(metrics[name])
+        self.require(metrics)
+        value = float(metrics[self.config.metric])
         if not math.isfinite(value) or not self._is_gain(value):
             self.without_gain += 1
             return False
         self.value, self.step, self.without_gain = value, step, 0
         return True
+
+    def require(self, metrics: Mapping[str, float]) -> None:
+        """UserError where the validation has no such metric."""
+        name = self.config.metric
+        if name not in metrics:
+            there = ", ".join(sorted(metrics))
+            raise UserError(f"validation.best.metric: '{name}' is not measured; this run has {there}")
 
     def _is_gain(self, value: float) -> bool:
         if self.value is None:

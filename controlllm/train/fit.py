@@ -15,7 +15,9 @@ from controlllm.config import FSDP
 from controlllm.data.loader import Mix
 from controlllm.data.streaming import is_plan, open_shelves, pack_of, shards_being_made
 from controlllm.errors import UserError
-from controlllm.train.attention import refuse_leaks
+from controlllm.fingerprint import sync
+from controlllm.train.announce import announce
+from controlllm.train.attention import refuse_leaks, refuse_missing
 from controlllm.train.checkpoint import Checkpoints
 from controlllm.train.curves import RunFacts
 from controlllm.train.distributed import World
@@ -30,6 +32,9 @@ from controlllm.train.trained import whole_trained_tensors
 from controlllm.train.validate import Validation
 from controlllm.train.weights import empty_model, fill
 
+SUMMARY = "train.json"
+"""Written last: with it the run is finished."""
+
 
 def fit(
     inputs: Inputs, world: World, folder: Path, key: str, identity: dict[str, Any], *, debug_rank: int | None = None
@@ -40,39 +45,45 @@ def fit(
     run = RunFacts(name=name, key=key, settings=identity)
     try:
         with _data(inputs, world, folder) as mix:
-            _fit(inputs, world, folder, mix, run, debug_rank)
+            if not world.share((folder / SUMMARY).exists()):  # else it was killed after that
+                _fit(inputs, world, folder, mix, run, debug_rank)
     except (RuntimeError, MemoryError) as error:
         length = pack_of(inputs.shards).context_length
         explained = out_of_memory(error, inputs.config, context_length=length, device=world.device)
         raise explained or error from error
+    if world.is_main:
+        for name in ("checkpoints", "checkpoints-local"):
+            shutil.rmtree(folder / name, ignore_errors=True)  # the finished run needs them no more
     world.barrier()
 
 
 def _fit(inputs: Inputs, world: World, folder: Path, mix: Mix, run: RunFacts, debug_rank: int | None) -> None:
     config = inputs.config
     parallel = _parallel(inputs, world)
+    place = config.checkpoint.folder or folder / "checkpoints"
+    if world.is_main:
+        announce(parallel.model, inputs, world, folder, place)
     # Before any checkpoint is read: what the model says now is its base's word.
     validation = _validation(inputs, world, mix, parallel)
-    place = config.checkpoint.folder or folder / "checkpoints"
     checkpoints = Checkpoints(
         place, config.checkpoint, world=world, identity=run.settings, scratch=folder / "checkpoints-local"
     )
     trainer = Trainer(
         parallel, mix, config, folder=folder, checkpoints=checkpoints, run=run, control=inputs.method.control,
-        validation=validation, every=inputs.validation,
+        validation=validation,
     )  # fmt: skip
     trainer.train(debug=debug_rank)
     tensors = whole_trained_tensors(parallel.model, keep=world.is_main)
     if world.is_main:
         save_file(tensors, folder / "trained.safetensors")
-        (folder / "train.json").write_text(json.dumps(_summary(parallel.model, folder, trainer), indent=1))
-        for name in ("checkpoints", "checkpoints-local"):
-            shutil.rmtree(folder / name, ignore_errors=True)  # the finished run needs them no more
+        sync(folder / "trained.safetensors")
+        _write_whole(folder / SUMMARY, json.dumps(_summary(parallel.model, folder, trainer), indent=1))
 
 
 def _parallel(inputs: Inputs, world: World) -> Parallel:
     """The model, spread over the processes, with its weights in place."""
     config, sharding = inputs.config, inputs.config.parallel
+    refuse_missing(inputs.model.attention, world.device)
     build = empty_model if isinstance(sharding, FSDP) else load_model
     model = build(inputs.base, inputs.model, inputs.method, seed=config.seed)
     read = None
@@ -80,7 +91,8 @@ def _parallel(inputs: Inputs, world: World) -> Parallel:
         read = partial(fill, base=inputs.base, device=world.device, cpu_offload=sharding.cpu_offload, world=world)
     parallel = parallelize(model, world, config, fill=read)
     vocabulary = model.config.vocab_size
-    refuse_leaks(parallel, attention=inputs.model.attention, vocabulary=vocabulary, device=world.device)
+    with autocast(config, world.device):
+        refuse_leaks(parallel, attention=inputs.model.attention, vocabulary=vocabulary, device=world.device)
     return parallel
 
 
@@ -120,6 +132,15 @@ def _data(inputs: Inputs, world: World, folder: Path) -> Iterator[Mix]:
         for name in ("stats.json", "quarantine.jsonl"):
             shutil.move(growing / name, folder / name)
         shutil.rmtree(growing)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Never half of it, even if the power fails."""
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(text)
+    sync(fresh)
+    fresh.replace(file)
+    sync(file.parent)
 
 
 def _summary(model: Any, folder: Path, trainer: Trainer) -> dict[str, Any]:

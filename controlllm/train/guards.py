@@ -10,7 +10,7 @@ import torch
 from controlllm.config import TrainConfig
 from controlllm.data.loader import Mix
 from controlllm.data.location import is_remote, shown
-from controlllm.errors import UserError
+from controlllm.errors import RunError, UserError
 from controlllm.progress import console
 from controlllm.train.distributed import World
 
@@ -31,7 +31,7 @@ class FiniteGuard:
     def check(self, step: int, *, loss: float, grad_norm: float, samples: Callable[[], list[str]]) -> bool:
         """Whether the step may be applied. `samples` names its rows, and is asked only when it may not.
 
-        Raises UserError when more than `limit` steps in a row may not.
+        Raises RunError when more than `limit` steps in a row may not.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skipped = 0
@@ -44,7 +44,7 @@ class FiniteGuard:
             found = f"loss {loss:g} is not finite (gradient norm {grad_norm:g})"
         rows = "; ".join(samples())
         if self.skipped > self.limit:
-            raise UserError(
+            raise RunError(
                 f"step {step}: {found}, the {_ordinal(self.skipped)} such step in a row (train.guards.max_skipped "
                 f"{self.limit}); lower train.lr or look at its rows: {rows}"
             )

@@ -155,7 +155,8 @@ class AdamW8bit(LowPrecisionAdamW):
         from bitsandbytes.functional import optimizer_update_8bit_blockwise  # type: ignore[import-not-found]
 
         self._maps = [map.to(weight.device) for map in self._maps]
-        optimizer_update_8bit_blockwise(
+        update: Any = optimizer_update_8bit_blockwise
+        update(
             "adam", grad.contiguous(), weight, kept["exp_avg"], kept["exp_avg_sq"],
             *group["betas"], 0.0, 0.0, group["eps"], number, group["lr"], *self._maps,
             kept["exp_avg_scale"].view(-1), kept["exp_avg_sq_scale"].view(-1), weight_decay=group["weight_decay"],

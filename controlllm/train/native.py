@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from controlllm.config import ControlConfig, TrainConfig, ValidationConfig
+from controlllm.config import ControlConfig, TrainConfig
 from controlllm.control.expand import control_blocks
 from controlllm.control.schedule import set_step
 from controlllm.data.loader import Batch, Mix
@@ -22,13 +22,14 @@ from controlllm.train.curves import RunFacts
 from controlllm.train.debugging import post_mortem, stop_before_first_step
 from controlllm.train.flops import peak_flops
 from controlllm.train.guards import FiniteGuard, step_samples
+from controlllm.train.length import Length
 from controlllm.train.loss_scale import LossScale
 from controlllm.train.metrics import Metrics, StepRecord
 from controlllm.train.optim import make_optimizer, set_rates
 from controlllm.train.parallel import Parallel
 from controlllm.train.precision import autocast
 from controlllm.train.profiling import profile
-from controlllm.train.samples import write_samples
+from controlllm.train.samples import show_validation
 from controlllm.train.share import Share, seed_place
 from controlllm.train.stopping import Stopped, StopRequest
 from controlllm.train.validate import Validation
@@ -52,23 +53,24 @@ class Trainer:
         run: RunFacts,
         control: ControlConfig | None = None,
         validation: Validation | None = None,
-        every: ValidationConfig | None = None,
     ):
         parallel.settle()
         self.parallel, self.model, self.world = parallel, parallel.model, parallel.world
         self.mix, self.config, self.control, self.folder = mix, config, control, folder
-        self.checkpoints, self.validation, self.every = checkpoints, validation, every
+        self.checkpoints, self.validation = checkpoints, validation
         self.share = Share(mix, config, self.world)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.model, config)
         self.scale = LossScale(config)
         self.guard = FiniteGuard(config.guards.max_skipped, announce=self.world.is_main)
-        self.best = Best(every.best) if every and every.best else None
+        self.best = Best(validation.config.best) if validation and validation.config.best else None
         self.watchdog, self.stop = Watchdog(self.world, seconds=config.guards.hang_seconds), StopRequest()
         self.has_divergence = any(block.divergence_name != "none" for block in control_blocks(self.model))
         if validation:
             validation.passes.beat = lambda: self._phase("validate")
+        self.length = Length(config)
         self.step = self.tokens = 0
+        self.validated = -1  # the step of the last validation
         saved = self._restore()
         peak = peak_flops(self.world.device, config.precision, config.metrics)
         self.metrics = Metrics(
@@ -81,18 +83,19 @@ class Trainer:
         debug: the process that stops in pdb before the first step; no process is watched then.
         """
         with self._surroundings(debug) as show:
-            if self.step == 0:
-                self._validate()
+            if self._owes_validation() and self._validate():  # of step 0, or of the step at which it was stopped
+                self._save(best=True)
             if debug is not None:
                 stop_before_first_step(self.world, debug)
             while not self.finished:
                 record, stopping = self.train_step()
                 show(record)
-                improved = self.every is not None and self._is_due(self.every.every) and self._validate()
-                if improved or stopping or self._is_due(self.config.checkpoint.every):
-                    self._save(best=improved, wait=stopping)
                 if stopping and not self.finished:
+                    self._save(wait=True)
                     raise Stopped(self.stop.signal or "SIGTERM", self.step)
+                improved = self._owes_validation() and self._validate()
+                if improved or self._is_due(self.config.checkpoint.every):
+                    self._save(best=improved)
             if self.best and self.best.config.use == "best":
                 self._phase("restore")
                 self.checkpoints.wait()
@@ -101,12 +104,12 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether no step is left."""
-        return self.done >= 1 or (self.best is not None and self.best.exhausted)
+        return self.passed == self.length.total or (self.best is not None and self.best.exhausted)
 
     @property
-    def done(self) -> float:
-        """The share of the run that is behind."""
-        return self.tokens / self.config.tokens if self.config.tokens else self.step / (self.config.steps or 1)
+    def passed(self) -> int:
+        """Steps or tokens that are behind."""
+        return self.length.passed(self.step, self.tokens)
 
     def train_step(self) -> tuple[StepRecord, bool]:
         """One optimizer step over the global batch, applied by all processes or, if it is not finite anywhere, by none.
@@ -117,9 +120,9 @@ class Trainer:
         self._phase("data")
         micro_batches = self.share.of(self.step)
         waited = time.monotonic() - began
-        targets, tokens, flops = self._sum([[b.targets, b.tokens, self._flops(b)] for b in micro_batches])
+        targets, tokens, flops = self._sum([[b.targets, b.tokens, self.parallel.flops(b)] for b in micro_batches])
         if self.control:
-            set_step(self.model, self.control, step=self.step, done=self._done_before(tokens))
+            set_step(self.model, self.control, step=self.step, done=self.length.before(self.step, self.tokens, tokens))
         losses = [self._forward_backward(k, batch, targets, tokens) for k, batch in enumerate(micro_batches)]
         self._phase("gradients")
         loss, entropy, divergence = self._sum(losses)
@@ -147,7 +150,9 @@ class Trainer:
         with self.parallel.synchronised(number == self.share.rounds - 1):
             self._phase("forward")
             with autocast(self.config, self.world.device):
-                out = self.parallel(**self._arguments(batch), num_items_in_batch=targets, num_tokens_in_batch=tokens)
+                out = self.parallel(
+                    **self.parallel.arguments(batch), num_items_in_batch=targets, num_tokens_in_batch=tokens
+                )
             self._phase("backward")
             self.scale.scale(out.loss * self.parallel.gradient_factor).backward()
         divergence = torch.zeros_like(out.cross_entropy) if out.divergence is None else out.divergence
@@ -175,37 +180,30 @@ class Trainer:
 
         return self.guard.check(self.step + 1, loss=loss, grad_norm=norm, samples=samples)
 
-    def _done_before(self, tokens: float) -> float:
-        """0 at the first step, 1 at the last."""
-        if self.config.tokens:
-            return min(1.0, self.tokens / max(1.0, self.config.tokens - tokens))
-        return self.step / max(1, (self.config.steps or 1) - 1)
-
-    def _arguments(self, batch: Batch) -> dict[str, Any]:
-        given = batch.arguments(self.model.config._attn_implementation)
-        device = self.world.device
-        return {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in given.items()}
-
-    def _flops(self, batch: Batch) -> float:
-        if self.parallel.cost is None or not batch.targets:
-            return 0.0
-        return self.parallel.cost.step(batch.cu_seq_lens_q.diff().tolist(), targets=batch.targets)
+    def _owes_validation(self) -> bool:
+        if self.validation is None or self.validated == self.step:
+            return False
+        return self._is_due(self.validation.config.every)
 
     def _validate(self) -> bool:
         """Whether this was the best so far; the untrained model's does not count."""
-        if self.validation is None:
-            return False
+        assert self.validation is not None
         self._phase("validate")
+        self.validated = self.step
         measured = self.validation.run()
         self.parallel.settle()
         self.metrics.event(self.step, measured)
-        if self.world.is_main and (samples := self.validation.samples()):
-            write_samples(self.folder, self.step, samples)
-        return self.best is not None and self.step > 0 and self.best.update(self.step, measured)
+        if self.best:
+            self.best.require(measured)  # the untrained model's validation has told it, before any step
+        improved = self.best is not None and self.step > 0 and self.best.update(self.step, measured)
+        if self.world.is_main:
+            show_validation(self.folder, self.step, measured, samples=self.validation.samples(), best=improved)
+        return improved
 
-    def _save(self, *, best: bool, wait: bool) -> None:
+    def _save(self, *, best: bool = False, wait: bool = False) -> None:
         self._phase("save")
-        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "metrics": self.metrics.state()}
+        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
+        state["metrics"] = self.metrics.state()
         state |= {name: part.state() for name, part in self._stateful()}
         self.checkpoints.save(self.model, self.optimizer, state, best=best, wait=wait)
 
@@ -214,7 +212,7 @@ class Trainer:
         state = self.checkpoints.restore(self.model, self.optimizer)
         if state is None:
             return None
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.validated = state["step"], state["tokens"], state["validated"]
         for name, part in self._stateful():
             part.load(state[name])
         if self.world.is_main:
@@ -236,8 +234,9 @@ class Trainer:
         """What goes on around the steps: watching, listening to signals, profiling; and a way to show a step."""
         if debug is not None:
             self.watchdog.seconds = math.inf
-        total, done = (self.config.tokens, self.tokens) if self.config.tokens else (self.config.steps or 1, self.step)
-        bar = track("train", total=total, start=done) if self.world.is_main else nullcontext(lambda *_: None)
+        bar: Any = nullcontext(lambda *_: None)
+        if self.world.is_main:
+            bar = track("train", total=self.length.total, start=self.passed)
         finished = False
         try:
             with (
@@ -249,7 +248,7 @@ class Trainer:
 
                 def show(record: StepRecord) -> None:
                     self.metrics.step(record)
-                    advance(min(total, self.tokens if self.config.tokens else self.step), self.metrics.note)
+                    advance(self.passed, self.metrics.note)
                     mark(record.flops and record.flops / self.world.size)
 
                 with nullcontext() if debug is None else post_mortem(self.world, debug):

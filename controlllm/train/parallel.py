@@ -5,11 +5,11 @@ The order matters and stands here once: kernels, activation checkpointing, compi
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,7 @@ from controlllm.config import FSDP, TrainConfig
 from controlllm.control.block import ControlBlock
 from controlllm.control.expand import decoder_layers
 from controlllm.control.loss import forward_with_loss
+from controlllm.data.loader import Batch
 from controlllm.errors import UserError
 from controlllm.train.activations import checkpoint_activations
 from controlllm.train.compiling import compile_blocks
@@ -37,6 +38,17 @@ class Parallel:
 
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """A batch as keyword arguments, on this process's device."""
+        given, device = batch.arguments(self.model.config._attn_implementation), self.world.device
+        return {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in given.items()}
+
+    def flops(self, batch: Batch) -> float:
+        """Useful FLOPs of a forward and backward pass; 0 where they are not known."""
+        if self.cost is None or not batch.targets:
+            return 0.0
+        return self.cost.step(batch.cu_seq_lens_q.diff().tolist(), targets=batch.targets)
 
     @property
     def gradient_factor(self) -> int:
@@ -117,7 +129,7 @@ def device_mesh(world: World, config: FSDP) -> DeviceMesh:
 
 
 def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Every block for itself, the two of a pair one after the other, then the rest."""
+    """Every block for itself, the two of a pair one after the other, embedding and head, then the rest."""
     parallel = config.parallel
     assert isinstance(parallel, FSDP)
     replicated = {p for p in model.parameters() if not p.requires_grad} if parallel.frozen == "replicate" else set()
@@ -128,9 +140,9 @@ def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:
     gathered_small = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     gathered_whole = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
 
-    def shard(part: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    def shard(part: nn.Module, policy: MixedPrecisionPolicy, *, reshard: bool = parallel.reshard_after_forward) -> None:
         if any(p not in replicated for p in part.parameters()):
-            fully_shard(part, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward, **options)
+            fully_shard(part, mp_policy=policy, reshard_after_forward=reshard, **options)
 
     for layer in decoder_layers(model.base_model):
         if isinstance(layer, ControlBlock):
@@ -139,7 +151,23 @@ def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:
             shard(layer, gathered_whole)  # what is left: the alphas, few and precise
         else:
             shard(layer, gathered_small)
+    _shard_ends(model, partial(shard, policy=gathered_small))
     fully_shard(model, mp_policy=gathered_small, **options)
+
+
+def _shard_ends(model: Any, shard: Callable[..., None]) -> None:
+    """Embedding and head each for itself: gathered with the rest, both would lie there whole all through the step.
+
+    One matrix for both stays with the rest. An embedding's backward pass needs no weight; a head's begins where its
+    forward pass ends.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is head.weight:
+        return
+    shard(embedding, reshard=True)
+    if isinstance(embedding, FSDPModule):
+        embedding.set_unshard_in_backward(False)
+    shard(head, reshard=False)
 
 
 def _attach_loss(model: Any) -> None:

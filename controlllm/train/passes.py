@@ -85,7 +85,7 @@ class Passes:
         """Of the model, on its device."""
         return {
             name: value.to(self.world.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.arguments().items()
+            for name, value in batch.arguments(self.model.config._attn_implementation).items()
         }
 
     def mean_loss(self, rows: Sequence[PackedRow]) -> float:

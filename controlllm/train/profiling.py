@@ -1,6 +1,7 @@
 """A look into a few training steps of one process: a trace, tables of time, memory and floating-point operations."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -108,7 +109,9 @@ class _Steps:
 
     def _begin_trace(self) -> None:
         config = self.config
-        schedule = torch.profiler.schedule(wait=config.wait, warmup=config.warmup, active=config.active, repeat=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Profiler won't be using warmup")  # the recipe says so
+            schedule = torch.profiler.schedule(wait=config.wait, warmup=config.warmup, active=config.active, repeat=1)
         self.trace = torch.profiler.profile(
             schedule=schedule,
             on_trace_ready=self._write,

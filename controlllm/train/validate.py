@@ -36,7 +36,7 @@ class Validation:
         retention: Sequence[PackedRow] = (),
         beat: Callable[[], None] = lambda: None,
     ):
-        self.rows = rows
+        self.config, self.rows = config, rows
         self.passes = Passes(forward, model, world=world, autocast=autocast, batch_size=micro_batch_size, beat=beat)
         if not rows and not (config.retention and retention):
             raise UserError(

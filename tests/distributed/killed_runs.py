@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import run
 from safetensors.torch import load_file
 
 from controlllm.config import (
-    BenchmarkConfig, Method, MixConfig, ModelConfig, PackConfig, TrainConfig, ValidationConfig,
+    BenchmarkConfig,
+    Method,
+    MixConfig,
+    ModelConfig,
+    PackConfig,
+    TrainConfig,
+    ValidationConfig,
 )  # fmt: skip
 from controlllm.train.distributed import World
 from controlllm.train.inputs import Inputs
@@ -79,12 +86,8 @@ def train(inputs: Inputs, folder: Path, *, size: int = 1, kill: Kill | None = No
     if kill is None:
         run(_train, size, inputs, str(folder), None)
         return
-    try:
+    with pytest.raises(RuntimeError, match="the process is gone"):
         run(_train, size, inputs, str(folder), kill)
-    except RuntimeError as error:
-        assert "the process is gone" in str(error), error
-    else:
-        raise AssertionError(f"nobody came to {kill}")
 
 
 def _train(world: World, inputs: Inputs, folder: str, kill: Kill | None) -> None:
@@ -103,11 +106,11 @@ def _note_rows(folder: Path, world: World) -> None:
     """Write down which rows of which shard every step was made of, at once, so that it outlives a kill."""
     plain = Share.of
 
-    def noted(share: Share, step: int) -> Any:
-        rows = [list(share.mix.place(place)) for places in share.places(step) for place in places]
+    def noted(self: Share, step: int) -> Any:
+        rows = [list(self.mix.place(place)) for places in self.places(step) for place in places]
         with (folder / f"rows-{world.rank}.jsonl").open("a") as file:
             file.write(json.dumps([step + 1, rows]) + "\n")
-        return plain(share, step)
+        return plain(self, step)
 
     Share.of = noted
 
@@ -154,15 +157,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def rows_of_steps(folder: Path) -> dict[int, list[tuple[int, ...]]]:
-    """The rows of each step, of all processes together; of a step that was made several times, each time's."""
-    made: dict[tuple[int, str], list[tuple[int, ...]]] = {}
-    for file in sorted(folder.glob("rows-*.jsonl")):
+    """(dataset, unit, row) of each step, of all processes together."""
+    steps: dict[int, list[tuple[int, ...]]] = {}
+    for file in folder.glob("rows-*.jsonl"):
         for line in file.read_text().splitlines():
             step, rows = json.loads(line)
-            made.setdefault((step, file.name), []).extend(map(tuple, rows))
-    steps: dict[int, list[tuple[int, ...]]] = {}
-    for (step, _), rows in made.items():
-        steps.setdefault(step, []).extend(rows)
+            steps.setdefault(step, []).extend(map(tuple, rows))
     return {step: sorted(rows) for step, rows in sorted(steps.items())}
 
 
@@ -179,15 +179,22 @@ def same_to_the_bit(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor
 def killed_and_gone_on(inputs: Inputs, folder: Path, reference: Path, kills: list[Kill], *, size: int = 1) -> None:
     """Kill a run at all these points, one after the other, and let it finish: it must be the reference, to the bit."""
     want, order = lines(reference), rows_of_steps(reference)
-    for kill in kills:
+    saving = inputs.config.checkpoint
+    reached = -1
+    for kill in [*kills, None]:
+        for file in folder.glob("rows-*.jsonl"):
+            file.unlink()
         train(inputs, folder, size=size, kill=kill)
-        written = lines(folder)
+        written, made = lines(folder), rows_of_steps(folder)
         assert written == want[: len(written)], kill
-    train(inputs, folder, size=size)
+        for step, rows in made.items():  # a process may be killed before it has read its own
+            assert rows == order[step] or (step == max(made) and set(rows) < set(order[step])), (kill, step)
+        if made and reached >= 0:  # one interval is lost, and what was done while it was being written
+            assert min(made) > reached - saving.every * (2 if saving.asynchronous else 1), kill
+        reached = max([row["step"] for row in written], default=reached)
     assert lines(folder) == want
     same_to_the_bit(trained(folder), trained(reference))
-    for step, rows in rows_of_steps(folder).items():
-        assert set(rows) == set(order[step]), step
+    assert not list(folder.glob("checkpoints*"))
 
 
 def with_train(inputs: Inputs, **changes: Any) -> Inputs:

@@ -1,7 +1,20 @@
 """A run that was killed at any point and started again is, to the bit, the run that was not (T2)."""
 
 import pytest
-from killed_runs import WATCHED, Kill, inputs_of, killed_and_gone_on, lines, pack, train, trained
+from conftest import tiny_config
+from killed_runs import (
+    METHODS,
+    WATCHED,
+    Kill,
+    inputs_of,
+    killed_and_gone_on,
+    lines,
+    pack,
+    rows_of_steps,
+    train,
+    trained,
+)  # fmt: skip
+from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.distributed
 FILES = "controlllm.train.checkpoint_files"
@@ -56,3 +69,73 @@ def test_killed_everywhere(tiny_base, shards, tmp_path, kills, changes):
     inputs = inputs_of(tiny_base, shards, watched=WATCHED, **changes)
     train(inputs, tmp_path / "whole")
     killed_and_gone_on(inputs, tmp_path / "killed", tmp_path / "whole", kills)
+
+
+KILLS = [Kill("backward", 4, call=2), Kill("save", 7)]
+WAYS = {"alone": (1, {}), "ddp": (2, {}), "fsdp": (2, {"parallel": {"kind": "fsdp"}})}
+PRECISIONS = ("float32", "bf16", "bf16_stochastic", "bf16_kahan", "fp16")
+
+
+def resumes(base, shards, folder, *, size=1, kills=KILLS, **settings):
+    inputs = inputs_of(base, shards, **settings)
+    train(inputs, folder / "whole", size=size)
+    killed_and_gone_on(inputs, folder / "killed", folder / "whole", kills, size=size)
+    return folder / "whole"
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "way"),
+    [
+        ("hybrid", "fp16", "alone"),
+        ("lora", "bf16", "alone"),
+        ("partial", "bf16_stochastic", "alone"),
+        ("full", "bf16_kahan", "alone"),
+        ("control", "bf16", "ddp"),
+        ("control", "float32", "fsdp"),
+    ],
+)
+def test_every_way_of_training_goes_on(tiny_base, shards, tmp_path, method, precision, way):
+    size, changes = WAYS[way]
+    resumes(tiny_base, shards, tmp_path, method=method, precision=precision, size=size, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_of_them_go_on(tiny_base, shards, tmp_path, method, precision, way):
+    size, changes = WAYS[way]
+    resumes(tiny_base, shards, tmp_path, method=method, precision=precision, size=size, **changes)
+
+
+@pytest.mark.parametrize("way", ["alone", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_state_in_8_bits_goes_on(tmp_path_factory, tokenizer, shards, tmp_path, way):
+    base = tmp_path_factory.mktemp("wide")  # so that there is something to keep in 8 bits
+    LlamaForCausalLM(tiny_config(hidden_size=256, num_hidden_layers=2)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    size, changes = WAYS[way]
+    optimizer = {"name": "adamw_8bit", "weight_decay": 0.1}
+    resumes(base, shards, tmp_path, method="full", size=size, steps=6, kills=KILLS[:1], optimizer=optimizer, **changes)
+
+
+def test_a_run_measured_in_tokens_goes_on(tiny_base, shards, tmp_path):
+    changes = {"steps": None, "tokens": 9000, "schedule": {"warmup_tokens": 2000, "kind": "wsd"}}
+    whole = resumes(tiny_base, shards, tmp_path, **changes)
+    assert lines(whole)[-1]["tokens_seen"] >= 9000 > lines(whole)[-2]["tokens_seen"]
+
+
+def test_a_run_that_stops_early_stays_stopped(tiny_base, shards, tmp_path):
+    watched = {"every": 2, "rows": 2, "best": {"patience": 2}}
+    whole = resumes(tiny_base, shards, tmp_path, watched=watched, kills=[Kill("backward", 5), Kill("restore", 7)])
+    assert lines(whole)[-1]["step"] == 6
+
+
+def test_a_finished_run_trains_no_step(tiny_base, shards, tmp_path):
+    inputs = inputs_of(tiny_base, shards, steps=4)
+    train(inputs, tmp_path, kill=Kill("controlllm.train.fit._write_whole"))
+    for _ in range(2):  # from the last checkpoint, and from what is finished
+        for file in tmp_path.glob("rows-*.jsonl"):
+            file.unlink()
+        train(inputs, tmp_path)
+        assert not rows_of_steps(tmp_path)
+    assert len(trained(tmp_path))

@@ -94,8 +94,8 @@ def test_two_processes_by_cluster_profile_that_do_not_wait_for_their_data(place)
     recipe = changed(place, "two.yaml", benchmark={"old": ["chat"]}, pack={"streaming": True, "unit_rows": 16})
     done = finetune(place, recipe, CONTROLLLM_PROFILE="two-processes")
     assert done.returncode == 0, done.stderr[-4000:]
-    lineages = [json.loads(f.read_text()) for f in (place / "cache" / "train").glob("*/lineage.json")]
-    assert 2 in [lineage["inputs"]["processes"] for lineage in lineages]
+    runs = [json.loads(f.read_text()) for f in (place / "cache" / "train").glob("*/train.json")]
+    assert 2 in [run["processes"] for run in runs]
 
 
 @pytest.mark.parametrize(("sections", "says"), [

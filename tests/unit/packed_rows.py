@@ -1,5 +1,7 @@
 """Packed rows in memory, where a test needs no files."""
 
+import numpy as np
+
 from controlllm.config import DatasetConfig, MixConfig, PackConfig
 from controlllm.data.loader import Mix
 
@@ -10,7 +12,10 @@ class Rows:
     units = 1
 
     def __init__(self, rows, name="a"):
-        self.rows, self.name = list(rows), name
+        self.rows, self.name = [{"rows": np.array([n])} | row for n, row in enumerate(rows, start=1)], name
+
+    def facts(self, unit):
+        return {"unit": {"uri": f"{self.name}.jsonl", "start": 0, "format": "jsonl"}}
 
     def rows_of(self, unit, kind="train"):
         return len(self.rows)

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from controlllm.config import LoRAConfig, Method, ModelConfig, PartialConfig
 from controlllm.consolidate import consolidate
+from controlllm.control.blocks import choose_blocks
 from controlllm.errors import UserError
 from controlllm.store import run_stage
 from controlllm.train.adapters import adapted_layers, add_adapters, merge_adapters
 from controlllm.train.model import load_model
-from controlllm.train.partial import choose_blocks
 from controlllm.train.trained import trained_tensors
 
 

@@ -29,13 +29,14 @@ SMALL = Shape(4, 2048, Path("small"), 0, Decoder(128, 352, 4, 2, 32, 128, tied=F
 GB = 10**9
 
 
-def run(method="control", *, dtype="bfloat16", context=8192, attention="packed", **train) -> RunConfig:
+def run(method="control", *, dtype=None, context=8192, attention="packed", **train) -> RunConfig:
     sections = {"control": {"num_expanded": 2}, "partial": {"num_blocks": 2}, "lora": {"rank": 8}, "full": None}
+    narrowest = "float32" if train.get("precision") == "float32" else "bfloat16"
     section = {} if method == "full" else {method: sections[method]}
     return RunConfig.model_validate(
         {
             "name": "run",
-            "model": {"name": "model", "dtype": dtype, "attention": attention},
+            "model": {"name": "model", "dtype": dtype or narrowest, "attention": attention},
             "mix": {"datasets": [{"name": "puzzles"}]},
             "pack": {"context_length": context},
             "train": {"global_batch_size": 8} | train,
@@ -78,7 +79,7 @@ LESS = {
     "8 bits": ({}, {"optimizer": {"name": "adamw_8bit"}}),
     "pure bfloat16": ({}, {"precision": "bf16_kahan"}),
     "without compensation": ({"precision": "bf16_kahan"}, {"precision": "bf16_stochastic"}),
-    "products in bfloat16": ({"precision": "float32"}, {"precision": "bf16"}),
+    "products in bfloat16": ({"precision": "float32"}, {"precision": "bf16", "dtype": "float32"}),
     "sharded": ({}, {"parallel": {"kind": "fsdp"}}),
     "frozen sharded": ({"parallel": {"kind": "fsdp", "frozen": "replicate"}}, {"parallel": {"kind": "fsdp"}}),
     "resharded": ({"parallel": {"kind": "fsdp", "reshard_after_forward": False}}, {"parallel": {"kind": "fsdp"}}),

@@ -143,7 +143,8 @@ def test_nothing_is_run_or_fetched_and_every_picture_has_words(demo: Path) -> No
     assert "url(" not in page.source
     assert "@import" not in page.source
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(pictures) == 9  # solved, loss; old loss, old accuracy, drift; loss, divergence, gradient, learning rate
+    # solved, loss; old loss, old accuracy, drift; loss, old skills, divergence, alpha, gradient, learning rate
+    assert len(pictures) == 11
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in pictures)
     assert all("<script" not in line for line in page.source.splitlines())
 
