@@ -1,9 +1,11 @@
 """Several real processes over gloo in one test: `run(function, size, *args)` gives each rank's result."""
 
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from typing import Any
@@ -26,7 +28,7 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 30
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    port = _free_port()
+    port = free_port()
     workers = [
         context.Process(target=_work, args=(function, rank, size, port, pipes[rank][1], args), daemon=True)
         for rank in range(size)
@@ -79,7 +81,9 @@ def _work(function: Callable[..., Any], rank: int, size: int, port: int, sender:
             dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port() -> int:
+    """Below those that the kernel gives away by itself, so that nobody takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

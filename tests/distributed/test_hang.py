@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 from datetime import timedelta
 from multiprocessing import get_context
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from killed_runs import inputs_of, pack
-from ranks import PRELOADED
+from ranks import PRELOADED, free_port
 
 from controlllm.train import checkpoint, fit
 from controlllm.train.distributed import World
@@ -70,8 +69,7 @@ def runs(tiny_base, tmp_path_factory):
     folders = {case: tmp_path_factory.mktemp("-".join(case)) for case in CASES}
     started = {}
     for case in CASES:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = free_port()
         started[case] = [
             context.Process(target=work, args=(rank, port, inputs, folders[case], *case)) for rank in range(2)
         ]

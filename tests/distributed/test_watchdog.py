@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import hanging
 import pytest
 import torch.distributed as dist
+from ranks import free_port
 
 from controlllm.train.distributed import World
 from controlllm.train.peers import Beat, Heard, blame
@@ -44,8 +44,7 @@ def runs(tmp_path_factory):
     folders = {case: tmp_path_factory.mktemp("-".join(case)) for case in cases}
     started = {}
     for case in cases:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = free_port()
         started[case] = [context.Process(target=work, args=(folders[case], rank, port, *case)) for rank in range(3)]
         for process in started[case]:
             process.start()
