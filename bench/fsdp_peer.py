@@ -45,6 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = options.base = Path(folder) / "base"
         parameters = save_base(base, options)
+        print("the Trainer as it comes" if options.as_it_comes else f"in bf16 the Trainer sums in {options.reduce}")
         print(
             f"{parameters / 1e6:.0f} M parameters, {options.layers} layers of {options.hidden}; {PROCESSES} processes "
             f"with {options.tokens} tokens a step each, {options.steps} steps, {options.rounds} rounds",
@@ -127,6 +128,10 @@ def rows_of(options: argparse.Namespace) -> RandomRows:
 
 
 def ours(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    # So that libraries are there when counting begins; the Trainer brings them by itself.
+    import torch._dynamo  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
     from controlllm.train.distributed import processes
 
     name, precision = case.split("-")

@@ -3,7 +3,8 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -199,13 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"] or ["--help"]
-    if debug and args[0] == "train":
-        os.environ.setdefault(DEBUG_RANK, "0")
     if args == ["--version"]:
         print(f"controlllm {__version__}")
         return 0
     try:
-        code = app(args, prog_name="controlllm", standalone_mode=False)
+        with _debugging() if debug and args[0] == "train" else nullcontext():
+            code = app(args, prog_name="controlllm", standalone_mode=False)
         _flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         return 1
@@ -219,6 +219,18 @@ def main(argv: list[str] | None = None) -> int:
     if code == 130:  # typer's answer to Ctrl-C
         return _complain("stopped; the same command goes on from the newest checkpoint", 130)
     return code or 0
+
+
+@contextmanager
+def _debugging() -> Iterator[None]:
+    """Training inside stops in pdb, in the first process if no other is named."""
+    before = os.environ.get(DEBUG_RANK)
+    os.environ[DEBUG_RANK] = before or "0"
+    try:
+        yield
+    finally:
+        del os.environ[DEBUG_RANK]
+        os.environ |= {} if before is None else {DEBUG_RANK: before}
 
 
 def _flush() -> None:

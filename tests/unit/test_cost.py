@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from controlllm.config import ControlConfig
@@ -23,6 +22,7 @@ from controlllm.control.expand import control_blocks, decoder_layers
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.model import expand_model
 from controlllm.control.settings import ControlSettings
+from controlllm.train.profiling import flop_counter
 
 BATCH, SEQ = 2, 32
 IDS = torch.randint(0, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
@@ -52,9 +52,9 @@ def base_flops(model) -> ModelFlops:
 
 
 def measured(model) -> StepFlops:
-    with FlopCounterMode(display=False) as forward:
+    with flop_counter() as forward:
         loss = forward_with_loss(model, IDS, labels=IDS).loss
-    with FlopCounterMode(display=False) as backward:
+    with flop_counter() as backward:
         loss.backward()
     return StepFlops(forward.get_total_flops(), backward.get_total_flops())
 
