@@ -145,18 +145,14 @@ def _model(config: RunConfig) -> Shape | None:
         raise _Wrong("model.name", str(error)) from None
     if shape is None:
         return None
-    if config.control:
-        try:
+    try:
+        if config.control:
             choose_sites(config.control, shape.layers)
-        except ValueError as error:
-            key, _, text = str(error).partition(": ")
-            raise _Wrong(key, text) from None
-    if config.partial:
-        try:
+        if config.partial:
             choose_blocks(config.partial, shape.layers)
-        except ValueError as error:
-            key, _, text = str(error).partition(": ")
-            raise _Wrong(key, text) from None
+    except ValueError as error:
+        key, _, text = str(error).partition(": ")
+        raise _Wrong(key, text) from None
     length, longest = config.pack.context_length, shape.max_positions
     if longest and length > longest:
         raise _Wrong("pack.context_length", f"{length} is more than the model's {longest} positions; use at most that")
