@@ -3,7 +3,15 @@
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
-from controlllm.config import ControlConfig, LoRAConfig, Method, PartialConfig
+from controlllm.config import (
+    ControlConfig,
+    IA3Config,
+    LoRAConfig,
+    Method,
+    PartialConfig,
+    PromptConfig,
+    QuantizationConfig,
+)
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
@@ -20,10 +28,20 @@ def consolidate(
     trained: FlyteDirectory,
     control: ControlConfig | None,
     lora: LoRAConfig | None,
+    ia3: IA3Config | None,
+    prompt: PromptConfig | None,
     partial: PartialConfig | None,
+    quantization: QuantizationConfig | None,
 ) -> Folder:
     """Base and trained tensors as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads."""
     from controlllm.consolidate import consolidate as consolidate_stage
 
-    method = Method(control=control, lora=lora, partial=partial)
+    method = Method(
+        control=control,
+        lora=lora,
+        ia3=ia3,
+        prompt=prompt,
+        partial=partial,
+        quantization=quantization,
+    )
     return publish(consolidate_stage(local(base), local(trained), method).path)

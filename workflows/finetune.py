@@ -48,13 +48,23 @@ def finetune(config: Recipe) -> Finetuned:
         model=config.model,
         control=config.control,
         lora=config.lora,
+        ia3=config.ia3,
+        prompt=config.prompt,
         partial=config.partial,
+        quantization=config.quantization,
         mix=config.mix,
         config=config.train,
         validation=config.validation,
     )
     model = consolidate(
-        base=raw.base, trained=trained, control=config.control, lora=config.lora, partial=config.partial
+        base=raw.base,
+        trained=trained,
+        control=config.control,
+        lora=config.lora,
+        ia3=config.ia3,
+        prompt=config.prompt,
+        partial=config.partial,
+        quantization=config.quantization,
     )
     base_scores = benchmark(model=raw.base, data=raw.data, config=config.benchmark)
     tuned_scores = benchmark(model=model, data=raw.data, config=config.benchmark)

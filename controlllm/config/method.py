@@ -51,6 +51,9 @@ class ControlConfig(Config):
 
     layout: Literal["concat", "stack", "hybrid"] = "concat"
     """concat runs the twin beside the frozen block, stack after it, hybrid alternates: stack, concat, stack, ..."""
+    twin: Literal["full", "lora", "ia3"] = "full"
+    """full is a copy of the block; lora and ia3 share the frozen block's own weights and train what the section of that
+    name says upon them."""
     num_expanded: Positive = 8
     """Number of sites E; with an explicit list of sites it must be the list's length."""
     sites: Literal["evenly", "top", "every_nth_of_top"] | list[Count] = "evenly"
@@ -95,6 +98,15 @@ class ControlConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _twin_fits(self) -> "ControlConfig":
+        if self.twin != "full" and self.layout != "concat":
+            raise ValueError(
+                f"twin {self.twin} shares the weights of the block beside it, and layout {self.layout} has "
+                "twins without one: use layout concat or twin full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedules_fit(self) -> "ControlConfig":
         final = self.alpha_schedule.final
         if final is None:
@@ -116,7 +128,7 @@ class ControlConfig(Config):
 
 
 class LoRAConfig(Config):
-    """Low-rank adapters instead of twins."""
+    """Low-rank adapters (Hu et al. 2021), merged into the weights when the run is consolidated."""
 
     rank: Positive = 16
     """Inner width of an adapter."""
@@ -124,8 +136,44 @@ class LoRAConfig(Config):
     """An adapter's output is scaled by alpha / rank."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that is dropped while training."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023), so that a large rank learns as fast as a small one."""
+    dora: bool = False
+    """Train the length of each weight row apart from its direction, too (Liu et al. 2024)."""
+
+
+class IA3Config(Config):
+    """Learned factors on the outputs or inputs of linear layers (Liu et al. 2022), merged when consolidated."""
+
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["k_proj", "v_proj", "down_proj"]
+    """Names of the linear layers that are scaled."""
+    feedforward_modules: list[str] = ["down_proj"]
+    """Those of them whose input is scaled, and not the output."""
+
+    @model_validator(mode="after")
+    def _feedforward_scaled(self) -> "IA3Config":
+        if odd := sorted(set(self.feedforward_modules) - set(self.target_modules)):
+            raise ValueError(f"feedforward_modules names {odd[0]}, which is not in target_modules")
+        return self
+
+
+class PromptConfig(Config):
+    """Trained virtual tokens before every document; no weight of the model changes."""
+
+    kind: Literal["prompt", "prefix"] = "prompt"
+    """prompt trains embeddings (Lester et al. 2021), prefix keys and values of every layer (Li and Liang 2021)."""
+    num_virtual_tokens: Positive = 20
+    """Their number; a document with them must fit into pack.context_length."""
+    init_text: str | None = None
+    """Text whose embeddings a prompt starts from; random ones of the vocabulary when left out."""
+
+    @model_validator(mode="after")
+    def _text_for_prompt(self) -> "PromptConfig":
+        if self.kind == "prefix" and self.init_text is not None:
+            raise ValueError("init_text is for kind prompt: a prefix has no embeddings")
+        return self
 
 
 class PartialConfig(Config):
@@ -147,15 +195,31 @@ class PartialConfig(Config):
 
 
 class QuantizationConfig(Config):
-    """Storage of the frozen weights in fewer bits."""
+    """Storage of the blocks' frozen matrices in fewer bits; what is trained stays as precise as ever."""
 
-    kind: Literal["nf4", "int8"] = "nf4"
-    """4-bit NormalFloat or 8-bit integers."""
+    kind: Literal["nf4", "int8", "int8_torchao", "float8"] = "nf4"
+    """4-bit NormalFloat or 8-bit integers by bitsandbytes; 8-bit integers or floats by torchao."""
+    double_quant: bool = True
+    """Of nf4: keep the scales in 8 bits, too, which saves 0.4 bits a weight (Dettmers et al. 2023)."""
 
 
 class Method(Config):
-    """What is trained: twins, adapters, some blocks; everything when all three are off."""
+    """What is trained: twins, adapters, virtual tokens, some blocks; everything when all are off."""
 
     control: ControlConfig | None = None
     lora: LoRAConfig | None = None
+    ia3: IA3Config | None = None
+    prompt: PromptConfig | None = None
     partial: PartialConfig | None = None
+    quantization: QuantizationConfig | None = None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether no weight is frozen."""
+        return not (self.control or self.lora or self.ia3 or self.prompt or self.partial)
+
+    @property
+    def kind(self) -> str:
+        """Name of the section that says what is trained; full where there is none."""
+        kinds = ("control", "lora", "ia3", "prompt", "partial")
+        return next((name for name in kinds if getattr(self, name)), "full")

@@ -8,7 +8,16 @@ from pydantic import Field, ValidationError, model_validator
 from controlllm.config.assess import BenchmarkConfig, ReportConfig, SmokeConfig, ValidationConfig
 from controlllm.config.base import Config, Name
 from controlllm.config.data import MixConfig, PackConfig
-from controlllm.config.method import ControlConfig, LoRAConfig, Method, ModelConfig, PartialConfig, QuantizationConfig
+from controlllm.config.method import (
+    ControlConfig,
+    IA3Config,
+    LoRAConfig,
+    Method,
+    ModelConfig,
+    PartialConfig,
+    PromptConfig,
+    QuantizationConfig,
+)
 from controlllm.config.train import TrainConfig
 from controlllm.errors import UserError
 from controlllm.mistakes import explain
@@ -25,6 +34,8 @@ class RunConfig(Config):
     model: ModelConfig
     control: ControlConfig | None = None
     lora: LoRAConfig | None = None
+    ia3: IA3Config | None = None
+    prompt: PromptConfig | None = None
     partial: PartialConfig | None = None
     quantization: QuantizationConfig | None = None
     pack: PackConfig = PackConfig()
@@ -50,21 +61,26 @@ class RunConfig(Config):
                 "control.divergence attention needs the attention maps: set model.attention to eager, "
                 f"found {self.model.attention}"
             )
-        frozen = self.control or self.lora or self.partial
-        if frozen and self.train.precision == "float32" and self.model.dtype != "float32":
+        if not self.method.trains_all and self.train.precision == "float32" and self.model.dtype != "float32":
             raise ValueError(
                 "train.precision float32 computes with the frozen weights as they are stored: set model.dtype to "
                 f"float32, too, or train.precision to bf16, found model.dtype {self.model.dtype}"
             )
-        if self.quantization and not (self.control or self.lora):
-            raise ValueError("quantization stores frozen weights: it needs a control or a lora section")
+        if self.quantization and (self.method.trains_all or self.partial):
+            raise ValueError("quantization stores frozen weights: it needs a control, lora, ia3 or prompt section")
         return self
 
     @model_validator(mode="after")
     def _one_method(self) -> "RunConfig":
-        methods = [name for name in ("control", "lora", "partial") if getattr(self, name)]
+        methods = [name for name in ("control", "lora", "ia3", "prompt", "partial") if getattr(self, name)]
+        twin = self.control.twin if self.control else "full"
+        if twin != "full":
+            if twin not in methods:
+                raise ValueError(f"control.twin {twin} needs a {twin} section, which says how the twin is trained")
+            methods.remove(twin)
         if len(methods) > 1:
-            raise ValueError(f"{methods[0]} and {methods[1]} exclude each other: leave one section out")
+            hint = " (or set control.twin to it)" if methods[0] == "control" and methods[1] in ("lora", "ia3") else ""
+            raise ValueError(f"{methods[0]} and {methods[1]} exclude each other: leave one section out{hint}")
         return self
 
     @model_validator(mode="after")
@@ -80,7 +96,14 @@ class RunConfig(Config):
     @property
     def method(self) -> Method:
         """The sections that say what is trained."""
-        return Method(control=self.control, lora=self.lora, partial=self.partial)
+        return Method(
+            control=self.control,
+            lora=self.lora,
+            ia3=self.ia3,
+            prompt=self.prompt,
+            partial=self.partial,
+            quantization=self.quantization,
+        )
 
 
 def load_config(recipe: str | Path, *overrides: str) -> RunConfig:

@@ -119,17 +119,36 @@ class FSDP(Config):
     """Free a block's gathered parameters between forward and backward."""
     cpu_offload: bool = False
     """Keep the shards in CPU memory, and step the optimizer there."""
+    version: Annotated[Literal[1, 2], BeforeValidator(no_flag)] = 2
+    """1 is torch's older FSDP, through the transformers trainer and on GPUs only."""
 
 
 class DeepSpeed(Config):
-    """ZeRO, through the transformers trainer."""
+    """ZeRO (Rajbhandari et al. 2020), through the transformers trainer."""
 
     kind: Literal["deepspeed"] = "deepspeed"
     """Shard with DeepSpeed."""
     zero_stage: Annotated[Literal[1, 2, 3], BeforeValidator(no_flag)] = 3
     """1 shards optimizer state, 2 gradients too, 3 parameters too."""
     cpu_offload: bool = False
-    """Keep optimizer state in CPU memory."""
+    """Keep optimizer state in CPU memory and step there; with zero_stage 3 the parameters, too."""
+    hpz: Positive | None = None
+    """ZeRO++: processes that keep a second copy of the shards among them, so that backward passes gather within a node;
+    usually a node's GPUs."""
+    qwz: bool = False
+    """ZeRO++: gather weights in 8 bits."""
+    qgz: bool = False
+    """ZeRO++: reduce gradients in 4 bits."""
+    config: str | None = None
+    """A DeepSpeed JSON file of your own, instead of the one made from this recipe (`controlllm config show RECIPE
+    --deepspeed`); batch sizes, clipping and precision in it must be auto or as the recipe says."""
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> "DeepSpeed":
+        for name in ("hpz", "qwz", "qgz"):
+            if getattr(self, name) and self.zero_stage != 3:
+                raise ValueError(f"{name} is of ZeRO++, which needs zero_stage 3, found {self.zero_stage}")
+        return self
 
 
 class TrainConfig(Config):
@@ -172,6 +191,8 @@ class TrainConfig(Config):
     def _consistent(self) -> "TrainConfig":
         if self.parallel.kind == "deepspeed" and self.trainer == "native":
             raise ValueError("parallel.kind deepspeed needs trainer: transformers; the native trainer shards with FSDP")
+        if self.parallel.kind == "fsdp" and self.parallel.version == 1 and self.trainer == "native":
+            raise ValueError("parallel.version 1 needs trainer: transformers; the native trainer shards with version 2")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "

@@ -22,11 +22,23 @@ def loop(world, *, wrong, how, phase, seconds, steps=10**6):
             for name in PHASES:
                 dog.phase(name, step)
                 if (world.rank, name, step) == (wrong, phase, 3):
-                    time.sleep(3)  # the others hear of the phase
+                    wait_until_told(dog, (step, name))
                     go_wrong(how)
                 if name in ("forward", "validate"):
                     dist.all_reduce(torch.ones(1))
             time.sleep(0.01)
+
+
+def wait_until_told(dog, place):
+    """This rank has said where it is, and the others had time to hear it."""
+    while own_beat(dog) != place:
+        time.sleep(0.1)
+    time.sleep(2)
+
+
+def own_beat(dog):
+    told = dog._peers and dog._peers.heard.get(dog.world.rank)
+    return told and (told.beat.step, told.beat.phase)
 
 
 def go_wrong(how):

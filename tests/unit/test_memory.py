@@ -117,7 +117,8 @@ def test_sums_and_growth(method, mode, precision, parallel, processes, context):
         parts.total for parts in Step(SMALL, config, processes=processes, device="cuda").moments()
     )
     longer = run(method, context=context + 64, **settings)
-    assert total(longer, SMALL, processes=processes) > found.device.total
+    # Not more where the optimizer's moment is the peak: there no activations are left.
+    assert total(longer, SMALL, processes=processes) >= found.device.total
     if parallel["kind"] == "fsdp" and processes > 1:
         assert found.device.bytes["trained weights"] < total(config, SMALL, processes=1)
 
@@ -153,7 +154,7 @@ def measured(config, tokens) -> int:
         num_attention_heads=d.heads, num_key_value_heads=d.kv_heads, attn_implementation="packed",
     )  # fmt: skip
     attention.register()
-    method = Method(control=config.control, lora=config.lora, partial=config.partial)
+    method = config.method
     model = LlamaForCausalLM(sizes).to(storage_dtype(config.model, method))
     model = prepare(model, method, seed=0)
     checkpoint_activations(model, config.train.activation_checkpointing)
