@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from controlllm.config import FSDP
+from controlllm.config import FSDP, TrainConfig, ValidationConfig
 from controlllm.data.loader import Mix
 from controlllm.data.streaming import is_plan, open_shelves, pack_of, shards_being_made
 from controlllm.errors import UserError
 from controlllm.fingerprint import sync
 from controlllm.train.announce import announce
-from controlllm.train.attention import refuse_leaks, refuse_missing
+from controlllm.train.attention import refuse_missing
 from controlllm.train.checkpoint import Checkpoints
 from controlllm.train.curves import RunFacts
 from controlllm.train.distributed import World
@@ -28,6 +28,7 @@ from controlllm.train.native import Trainer
 from controlllm.train.parallel import Parallel, parallelize
 from controlllm.train.precision import autocast
 from controlllm.train.retention import retention_rows
+from controlllm.train.run import TrainingRun
 from controlllm.train.trained import whole_trained_tensors
 from controlllm.train.validate import Validation
 from controlllm.train.weights import empty_model, fill
@@ -63,12 +64,11 @@ def _fit(inputs: Inputs, world: World, folder: Path, mix: Mix, run: RunFacts, de
     place = config.checkpoint.folder or folder / "checkpoints"
     if world.is_main:
         announce(parallel.model, inputs, world, folder, place)
-    # Before any checkpoint is read: what the model says now is its base's word.
-    validation = _validation(inputs, world, mix, parallel)
     checkpoints = Checkpoints(
         place, config.checkpoint, world=world, identity=run.settings, scratch=folder / "checkpoints-local"
     )
-    trainer = Trainer(
+    validation = partial(_validation, inputs.validation, inputs, world, mix, parallel) if inputs.validation else None
+    trainer = _trainer(config)(
         parallel, mix, config, folder=folder, checkpoints=checkpoints, run=run, control=inputs.method.control,
         validation=validation,
     )  # fmt: skip
@@ -84,23 +84,25 @@ def _parallel(inputs: Inputs, world: World) -> Parallel:
     """The model, spread over the processes, with its weights in place."""
     config, sharding = inputs.config, inputs.config.parallel
     refuse_missing(inputs.model.attention, world.device)
-    build = empty_model if isinstance(sharding, FSDP) else load_model
+    in_shards = isinstance(sharding, FSDP) and sharding.version == 2
+    build = empty_model if in_shards else load_model
     model = build(inputs.base, inputs.model, inputs.method, seed=config.seed)
     read = None
-    if isinstance(sharding, FSDP):
+    if in_shards:
         read = partial(fill, base=inputs.base, device=world.device, cpu_offload=sharding.cpu_offload, world=world)
-    parallel = parallelize(model, world, config, fill=read)
-    vocabulary = model.config.vocab_size
-    with autocast(config, world.device):
-        refuse_leaks(parallel, attention=inputs.model.attention, vocabulary=vocabulary, device=world.device)
-    return parallel
+    return parallelize(model, world, config, fill=read)
 
 
-def _validation(inputs: Inputs, world: World, mix: Mix, parallel: Parallel) -> Validation | None:
-    config = inputs.validation
-    if config is None:
-        return None
+def _trainer(config: TrainConfig) -> type[TrainingRun]:
+    if config.trainer == "native":
+        return Trainer
 
+    from controlllm.train.hf import HFTrainer
+
+    return HFTrainer
+
+
+def _validation(config: ValidationConfig, inputs: Inputs, world: World, mix: Mix, parallel: Parallel) -> Validation:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(inputs.base) if config.generate or config.retention else None
@@ -143,7 +145,7 @@ def _write_whole(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def _summary(model: Any, folder: Path, trainer: Trainer) -> dict[str, Any]:
+def _summary(model: Any, folder: Path, trainer: TrainingRun) -> dict[str, Any]:
     steps = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
     return {
         "steps": trainer.step,

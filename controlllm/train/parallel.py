@@ -21,11 +21,13 @@ from controlllm.control.loss import forward_with_loss
 from controlllm.data.loader import Batch
 from controlllm.errors import UserError
 from controlllm.train.activations import checkpoint_activations
+from controlllm.train.adapters import has_factors
 from controlllm.train.compiling import compile_blocks
 from controlllm.train.distributed import World
 from controlllm.train.flops import StepCost, step_cost
 from controlllm.train.kernels import use_kernels
 from controlllm.train.precision import cast_model, shard_dtypes, to_float8
+from controlllm.train.twins import shares_weights
 
 Fill = Callable[[Any], None]
 
@@ -84,7 +86,8 @@ def _sharded_sync(module: FSDPModule, on: bool) -> Iterator[None]:
 
 
 def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | None = None) -> Parallel:
-    """Spread `model` over the processes of `world`, in place.
+    """Spread `model` over the processes of `world`, in place; all but `fully_shard` is left to transformers' Trainer
+    where that is the trainer: it sets `Parallel.module`.
 
     fill: reads the weights of a model that is still empty (on the meta device), after it was cut into shards.
     UserError where sizes or settings do not fit the processes.
@@ -96,15 +99,16 @@ def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | N
     use_kernels(model, config.kernels, world.device)
     checkpoint_activations(model, config.activation_checkpointing)
     compile_blocks(model, config.compile)
-    if isinstance(config.parallel, FSDP):
+    if isinstance(config.parallel, FSDP) and config.parallel.version == 2:
         _shard(model, device_mesh(world, config.parallel), config)
         if fill:
             fill(model)
         return Parallel(model, model, world, cost)
     if fill:
         fill(model)
-    model.to(world.device)
-    if world.size == 1:
+    if config.parallel.kind == "ddp":
+        model.to(world.device)  # who else shards it places it, too
+    if world.size == 1 or config.trainer == "transformers":
         return Parallel(model, model, world, cost)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return Parallel(model, ddp, world, cost)
@@ -145,12 +149,14 @@ def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:
             fully_shard(part, mp_policy=policy, reshard_after_forward=reshard, **options)
 
     for layer in decoder_layers(model.base_model):
-        if isinstance(layer, ControlBlock):
+        if shares_weights(layer):
+            shard(layer, gathered_whole)  # together, because a parameter is in one unit only
+        elif isinstance(layer, ControlBlock):
             shard(layer.frozen, gathered_small)
             shard(layer.expanded, gathered_small)
             shard(layer, gathered_whole)  # what is left: the alphas, few and precise
         else:
-            shard(layer, gathered_small)
+            shard(layer, gathered_whole if has_factors(layer) else gathered_small)
     _shard_ends(model, partial(shard, policy=gathered_small))
     fully_shard(model, mp_policy=gathered_small, **options)
 

@@ -37,8 +37,12 @@ class Passes:
         self.forward, self.model, self.world, self.autocast = forward, model, world, autocast
         self.batch_size = batch_size
         self.beat = beat
-        self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         self._advance: Callable[[], None] = lambda: None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every pass is one of all processes."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     @contextmanager
     def evaluating(self, rounds: int) -> Iterator[None]:

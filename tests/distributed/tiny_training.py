@@ -8,7 +8,6 @@ import torch
 
 from controlllm.config import FSDP, Method, MixConfig, ModelConfig, PackConfig, TrainConfig
 from controlllm.data.loader import Mix
-from controlllm.train.attention import refuse_leaks
 from controlllm.train.checkpoint import Checkpoints
 from controlllm.train.curves import RunFacts
 from controlllm.train.distributed import World
@@ -50,12 +49,12 @@ class Rows:
         return sum(len(row["input_ids"]) for row in self.rows) / len(self.rows)
 
 
-def make(world: World, base: Path, folder: Path, method: dict[str, Any], **changes: Any) -> Trainer:
+def make(world: World, base: Path, folder: Path, method: dict[str, Any], **changes: Any) -> Any:
     settings = {"steps": 3, "lr": 1e-2, "global_batch_size": 4, "precision": "float32", "checkpoint": {"every": 2}}
     config = TrainConfig.model_validate(settings | changes)
     model_config, chosen = ModelConfig(name=str(base)), Method.model_validate(method)
     reads = None
-    if isinstance(config.parallel, FSDP):
+    if isinstance(config.parallel, FSDP) and config.parallel.version == 2:
         model = empty_model(base, model_config, chosen)
         offload = config.parallel.cpu_offload
 
@@ -64,12 +63,14 @@ def make(world: World, base: Path, folder: Path, method: dict[str, Any], **chang
     else:
         model = load_model(base, model_config, chosen)
     parallel = parallelize(model, world, config, fill=reads)
-    refuse_leaks(parallel, attention="packed", vocabulary=258, device=world.device)
     folder.mkdir(exist_ok=True, parents=True)
     saved = Checkpoints(folder / "checkpoints", config.checkpoint, world=world, identity={"method": str(method)})
     mix = Mix([Rows(10)], MixConfig.model_validate({"datasets": [{"name": "a"}]}), PackConfig())
     run = RunFacts(name="tiny", key="tiny", settings={})
-    return Trainer(parallel, mix, config, folder=folder, checkpoints=saved, run=run, control=chosen.control)
+    trainer = Trainer
+    if config.trainer == "transformers":
+        from controlllm.train.hf import HFTrainer as trainer
+    return trainer(parallel, mix, config, folder=folder, checkpoints=saved, run=run, control=chosen.control)
 
 
 def facts(trainer: Trainer, steps: int) -> dict[str, Any]:
