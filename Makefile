@@ -1,12 +1,16 @@
 # Everything runs in .venv, which `make setup` fills; the system's Python is never changed.
-# Settings: RECIPE, SET ("train.lr=1e-4 train.steps=50"), ARGS (for pytest), PYTHON (3.11 or 3.12).
+# Settings: RECIPE, SET ("train.lr=1e-4 train.steps=50"), ARGS (for pytest), WORKERS (test files at a time),
+# PYTHON (3.11 or 3.12).
 
 RECIPE ?= workflows/recipes/demo.yaml
 SET ?=
 ARGS ?=
+WORKERS ?= 3
 PYTHON ?=
 
 PINS := pyproject.toml $(wildcard docker/*.sh docker/*.txt) docker/pycosat/pyproject.toml docker/pycosat/pycosat.py
+# In the order of the files, the long ones first. Three on two cores: many tests mostly wait for processes.
+PYTEST = .venv/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 RUN = $(if $(strip $(SET)),.controlllm/recipe.yaml,$(RECIPE))
 
 export PYTHON
@@ -33,10 +37,10 @@ contrast:  ## the same training without control: what gets forgotten
 	@$(MAKE) --no-print-directory finetune RECIPE=workflows/recipes/demo-contrast.yaml
 
 test: .venv/.installed-dev  ## everything but the slow tests; ARGS="-k pack"
-	.venv/bin/pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-fast: .venv/.installed-dev  ## unit tests only
-	.venv/bin/pytest -m "not slow and not gpu and not flow and not distributed" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not flow and not distributed" $(ARGS)
 
 test-all: .venv/.installed-dev  ## the slow ones too
 	.venv/bin/pytest -m "not gpu" $(ARGS)

@@ -11,6 +11,7 @@ set, a second opinion, counts the whole process. The loss's chunks of the CPU ar
 import argparse
 import json
 import resource
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "slerp": {"control": FOUR | {"interpolation": "slerp", "divergence": "cosine"}},
     "lora": {"lora": {"rank": 16}},
 }
+KINDS = ("nf4", "int8", "int8_torchao", "float8")
+for _method, _kind in product(("control", "lora"), KINDS):
+    METHODS[f"{_method}-{_kind}"] = METHODS[_method] | {"quantization": {"kind": _kind}}
 # (stored, computed, how blocks are checkpointed)
 NUMBERS = {"float32": ("float32", "float32"), "mixed": ("float32", "bf16"), "bf16": ("bfloat16", "bf16")}
 
@@ -49,6 +53,8 @@ def cases() -> dict[str, dict[str, Any]]:
         add(method, numbers)
     for method, mode in product(("full", "control", "lora"), ("selective", "full")):
         add(method, "bf16", note=mode, activation_checkpointing=mode)
+    for method, kind in product(("control", "lora"), KINDS):
+        add(f"{method}-{kind}", "bf16")
     add("stack", "bf16")
     add("slerp", "bf16")
     add("control", "bf16", note="accumulated", global_batch_size=2)
@@ -152,7 +158,7 @@ def train(config: RunConfig, options: argparse.Namespace, world: Any, *, steps: 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from controlllm.train import attention
-    from controlllm.train.model import prepare, storage_dtype
+    from controlllm.train.model import load_model, prepare, storage_dtype
     from controlllm.train.optim import make_optimizer
     from controlllm.train.parallel import parallelize
     from controlllm.train.precision import autocast
@@ -167,7 +173,13 @@ def train(config: RunConfig, options: argparse.Namespace, world: Any, *, steps: 
     torch.set_default_dtype(storage_dtype(config.model, config.method))
     model: Any = LlamaForCausalLM(sizes)
     torch.set_default_dtype(torch.float32)
-    model = prepare(model, config.method, seed=0)
+    if config.quantization:  # quantised as it is read
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            model = load_model(Path(folder), config.model, config.method)
+    else:
+        model = prepare(model, config.method, seed=0)
     parallel = parallelize(model, world, config.train)
     optimizer = make_optimizer(model, config.train)
     ids = torch.randint(0, options.vocabulary, (1, options.tokens))

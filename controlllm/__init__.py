@@ -8,9 +8,15 @@ __version__ = "0.1.0"
 
 
 def load(checkpoint: Any, *, alpha_scale: float = 1.0, dtype: str | None = None) -> Any:
-    """An expanded checkpoint with the dial at `alpha_scale`: 0 is the base model bit by bit, 1 the trained one."""
-    from controlllm.dial import load as load_at
+    """An expanded checkpoint with the dial at `alpha_scale`: 0 is the base model bit by bit, 1 the trained one.
 
+    Or a checkpoint with virtual tokens, which are no part of a model that transformers loads by itself.
+    """
+    from controlllm.dial import load as load_at
+    from controlllm.tuned import has_virtual_tokens, load_tuned
+
+    if alpha_scale == 1 and has_virtual_tokens(checkpoint):
+        return load_tuned(checkpoint, dtype=dtype)
     return load_at(checkpoint, alpha_scale=alpha_scale, dtype=dtype)
 
 

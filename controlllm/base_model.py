@@ -1,12 +1,17 @@
 """The base model, from wherever it is, as a plain Hugging Face directory with safetensors."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from controlllm.config import ModelConfig
 from controlllm.data.sources import source_files
 from controlllm.errors import UserError
+from controlllm.model_shape import Shape, model_shape
+
+_ENDINGS = {".safetensors", ".json", ".model", ".txt", ".jinja"}
 
 
 def source_stamp(model: ModelConfig) -> Any:
@@ -22,8 +27,7 @@ def save_base(model: ModelConfig, folder: Path) -> None:
     if len(files) == 1 and files[0].suffix == ".gguf":
         _convert_gguf(files[0], folder)
     elif files:
-        for file in files:
-            shutil.copy2(file, folder / file.name)
+        _copy(files, folder)
     else:
         _download(model, folder)
     _check(folder, model.name)
@@ -35,8 +39,12 @@ def _local_files(name: str) -> list[Path]:
     place = Path(name).expanduser()
     if not place.is_dir():
         return []
-    keep = {".safetensors", ".json", ".model", ".txt", ".jinja"}
-    return sorted(f for f in place.iterdir() if f.is_file() and f.suffix in keep and f.name != "lineage.json")
+    return sorted(f for f in place.iterdir() if f.is_file() and f.suffix in _ENDINGS and f.name != "lineage.json")
+
+
+def _copy(files: list[Path], folder: Path) -> None:
+    for file in files:
+        shutil.copy2(file, folder / file.name)
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
@@ -56,20 +64,65 @@ def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in names}
 
 
-def _download(model: ModelConfig, folder: Path) -> None:
-    """Only safetensors, configuration and tokenizer files; offline is a normal state."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def hub_shape(model: ModelConfig) -> Shape | None:
+    """Of a Hugging Face id that is not on this machine yet: its config.json alone is downloaded, to the hub's cache."""
+    from huggingface_hub import snapshot_download  # hf_hub_download would try for half a minute without a network
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        snapshot_download(model.name, revision=model.revision, local_dir=folder, allow_patterns=patterns)
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model.name: '{model.name}' is no folder here and could not be had from the Hugging Face Hub ({reason})"
-        ) from None
+    with _explained(model):
+        snapshot_download(model.name, revision=model.revision, allow_patterns="config.json")
+    return model_shape(model.name, revision=model.revision)
+
+
+def _download(model: ModelConfig, folder: Path) -> None:
+    """Only safetensors, configuration and tokenizer files; without a network what the hub's cache has."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = [f"*{ending}" for ending in sorted(_ENDINGS)]
+    with _explained(model):
+        try:
+            hub_shape(model)  # known to every check from now on
+            snapshot_download(model.name, revision=model.revision, local_dir=folder, allow_patterns=patterns)
+        except LocalEntryNotFoundError:
+            if (cached := model_shape(model.name, revision=model.revision)) is None:
+                raise
+            model_shape(str(cached.path))  # raises where weights or tokenizer are missing
+            _copy(_local_files(str(cached.path)), folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+@contextmanager
+def _explained(model: ModelConfig) -> Iterator[None]:
+    """What the hub says, as one line with the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    log_in = "log in (hf auth login) or set HF_TOKEN"
+    try:
+        yield
+    except GatedRepoError:
+        said = f"is gated on the Hugging Face Hub: accept its terms on its page there, then {log_in}"
+    except RepositoryNotFoundError:
+        said = (
+            f"is no folder here and not found on the Hugging Face Hub: check its spelling; if it is private, {log_in}"
+        )
+    except RevisionNotFoundError:
+        said = f"has no revision '{model.revision}' on the Hugging Face Hub: check model.revision"
+    except LocalEntryNotFoundError:
+        said = (
+            "is no folder here, and the Hugging Face Hub cannot be reached: download it where it can (hf download "
+            f"{model.name}) and set model.name to the copy's folder, or bring the Hub's cache here (HF_HOME)"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        said = f"could not be had from the Hugging Face Hub ({str(error).splitlines()[0]})"
+    else:
+        return
+    raise UserError(f"model.name: '{model.name}' {said}")
 
 
 def _check(folder: Path, name: str) -> None:

@@ -51,13 +51,14 @@ def _evaluate(
     import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from controlllm.harness import CountingLM
+    from controlllm.tuned import load_tuned
 
     datasets.disable_progress_bars()
     measure: Any = evaluate  # its decorator hides its type
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+    loaded = load_tuned(model, dtype=config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, track("benchmark", total=_requests(data, probes)) as advance:

@@ -12,15 +12,15 @@ weights are kept, too. bench/memory.py compares this with what is measured.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from controlllm.config import LoRAConfig, RunConfig
+from controlllm.adapter_memory import Adapter, adapter_kept, adapter_products, adapter_weights, length_products, targets
+from controlllm.config import LoRAConfig, QuantizationConfig, RunConfig
 from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import ControlSettings
 from controlllm.model_shape import Decoder
-
-ADAPTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+from controlllm.quantized_memory import bytes_saved, product_bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Block:
     """While its backward pass begins: what is computed again, and gradients on their way."""
     forward: int = 0
     """While its forward pass runs."""
+    saved: int = 0
+    """Bytes that its frozen weights take less, because they are quantised."""
 
 
 @dataclass(frozen=True)
@@ -78,53 +80,63 @@ class Sizes:
     """Of one forward pass."""
     checkpointing: Literal["none", "selective", "full"]
     attention: str
-    lora: LoRAConfig | None
+    adapter: Adapter | None
+    quantization: QuantizationConfig | None = None
 
 
 def blocks(config: RunConfig, sizes: Sizes, *, layers: int) -> list[Block]:
     """All blocks in the order in which they run, of a pair the frozen one first. ValueError where sites do not fit."""
     if config.control:
         settings = ControlSettings.resolve(config.control, num_layers=layers)
-        return list(_expanded(settings, sizes, layers))
+        return list(_expanded(settings, sizes, layers, shared=config.control.twin != "full"))
     if config.partial:
         chosen = choose_blocks(config.partial, layers)
         return [_block(sizes, trained=i in chosen, below=i <= min(chosen)) for i in range(layers)]
-    return [_block(sizes, trained=not config.lora, below=bool(config.lora) and i == 0) for i in range(layers)]
+    everything = config.method.trains_all
+    return [_block(sizes, trained=everything, below=bool(sizes.adapter) and i == 0) for i in range(layers)]
 
 
-def _expanded(settings: ControlSettings, sizes: Sizes, layers: int) -> Iterator[Block]:
-    lowest = min(settings.sites)
+def _expanded(settings: ControlSettings, sizes: Sizes, layers: int, *, shared: bool) -> Iterator[Block]:
+    """shared: the adapters are the twins', which have the frozen blocks' weights."""
+    plain, lowest = replace(sizes, adapter=None), min(settings.sites)
     teacher_only = settings.interpolation == "none" and settings.detach_teacher
     for layer in range(layers):
         paired = layer in settings.paired_sites
         # No gradient reaches what lies below the first trained block, nor a frozen block that is nothing but a teacher.
-        frozen = _block(sizes, trained=False, below=layer <= lowest or (paired and teacher_only))
+        frozen = _block(plain, trained=False, below=layer <= lowest or (paired and teacher_only))
         yield frozen
         if paired or layer in settings.stacked_sites:
             blend = _blend(settings, sizes) if paired else 0
-            yield _block(sizes, trained=True, below=layer == lowest, partner=paired and frozen.in_graph, blend=blend)
+            partner = paired and frozen.in_graph
+            twin = _block(sizes, trained=not shared, below=layer == lowest, partner=partner, blend=blend)
+            yield replace(twin, weights=twin.trained, saved=0) if shared else twin
 
 
 def _block(sizes: Sizes, *, trained: bool, below: bool, partner: bool = False, blend: int = 0) -> Block:
     """below: its input needs no gradient; partner: that input is kept by the frozen block already."""
     decoder, numbers, mode = sizes.decoder, sizes.numbers, sizes.checkpointing
-    adapters = adapter_weights(decoder, sizes.lora)
+    adapters = adapter_weights(decoder, sizes.adapter)
     weights, own = decoder.block + adapters, decoder.block if trained else adapters
     forward = sizes.tokens * (4 * decoder.intermediate * numbers.compute + 3 * decoder.hidden * numbers.residual)
+    quantization = None if trained else sizes.quantization
+    saved = bytes_saved(quantization, decoder, stored=numbers.frozen)
+    dequantised = product_bytes(quantization, decoder, compute=numbers.compute)
+    forward += dequantised
     if not own and below:
-        return Block(weights, own, in_graph=False, forward=forward)
+        return Block(weights, own, in_graph=False, forward=forward, saved=saved)
     everything = sizes.tokens * _kept(sizes, trained=trained, below=below, partner=partner)
     copies, cached = _copies(sizes, trained=trained, adapters=adapters)
     on_the_way = sizes.tokens * 2 * (decoder.intermediate * numbers.compute + decoder.hidden * numbers.residual)
+    on_the_way += dequantised
     if trained:  # the first gradient of the block: of its largest matrix, and before it was converted
         conversion = numbers.compute if numbers.autocast and numbers.trained_seen != numbers.compute else 0
         on_the_way += decoder.hidden * decoder.intermediate * (numbers.trained_seen + conversion)
     if mode == "none":
-        return Block(weights, own, True, everything, copies, 0, blend, on_the_way, forward)
-    products = 0 if mode == "full" else sizes.tokens * _products(sizes)
+        return Block(weights, own, True, everything, copies, 0, blend, on_the_way, forward, saved)
+    products = 0 if mode == "full" else sizes.tokens * _products(sizes) + length_products(decoder, sizes.adapter)
     kept = products + (0 if partner else sizes.tokens * decoder.hidden * numbers.residual)
     again = max(everything + copies - sizes.tokens * _products_in_use(sizes) * bool(products), 0)
-    return Block(weights, own, True, kept, 0, cached, blend, again + on_the_way, forward)
+    return Block(weights, own, True, kept, 0, cached, blend, again + on_the_way, forward, saved)
 
 
 def _kept(sizes: Sizes, *, trained: bool, below: bool, partner: bool) -> int:
@@ -138,11 +150,11 @@ def _kept(sizes: Sizes, *, trained: bool, below: bool, partner: bool) -> int:
     total = norms + _attention(sizes) + mlp
     if trained and not numbers.lean:
         total += 2 * hidden * numbers.residual
-    if trained or sizes.lora:
+    if trained or isinstance(sizes.adapter, LoRAConfig):
         total += numbers.compute * sum(_inputs(sizes))
     if trained and sizes.attention.startswith("flash"):
         total -= numbers.compute * queries  # the kernel's output is the next product's input
-    return total + (numbers.compute * sizes.lora.rank * len(_targets(sizes.lora)) if sizes.lora else 0)
+    return total + adapter_kept(decoder, sizes.adapter, compute=numbers.compute)
 
 
 def _inputs(sizes: Sizes) -> list[int]:
@@ -150,11 +162,11 @@ def _inputs(sizes: Sizes) -> list[int]:
     decoder, numbers = sizes.decoder, sizes.numbers
     seen = numbers.residual if numbers.lean else max(numbers.residual, numbers.trained_seen)
     converted = numbers.autocast and seen != numbers.compute
-    targets = _targets(sizes.lora)
-    groups = [targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}]
+    adapted = targets(sizes.adapter)
+    groups = [adapted & {"q_proj", "k_proj", "v_proj"}, adapted & {"gate_proj", "up_proj"}]
     widths = [decoder.hidden * (len(group) if converted else min(len(group), 1)) for group in groups]
-    widths.append(decoder.heads * decoder.head_dim if "o_proj" in targets else 0)
-    return [*widths, decoder.intermediate if "down_proj" in targets else 0]
+    widths.append(decoder.heads * decoder.head_dim if "o_proj" in adapted else 0)
+    return [*widths, decoder.intermediate if "down_proj" in adapted else 0]
 
 
 def _attention(sizes: Sizes) -> int:
@@ -173,10 +185,7 @@ def _products(sizes: Sizes) -> int:
     decoder, numbers = sizes.decoder, sizes.numbers
     queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     products = queries + 2 * keys + 2 * decoder.hidden + 2 * decoder.intermediate
-    if sizes.lora:
-        targets = _targets(sizes.lora)
-        products += sum(wide for name, (_, wide) in linears(decoder).items() if name in targets)
-        products += sizes.lora.rank * len(targets)
+    products += adapter_products(decoder, sizes.adapter)
     return (products + queries) * numbers.compute + 4 * decoder.heads
 
 
@@ -193,7 +202,7 @@ def _copies(sizes: Sizes, *, trained: bool, adapters: int) -> tuple[int, int]:
     if not numbers.autocast:
         return 0, 0
     own = decoder.block_matrices if trained else adapters
-    others = 0 if trained else decoder.block_matrices
+    others = 0 if trained or sizes.quantization else decoder.block_matrices
     cached = numbers.compute * own * (numbers.trained_seen != numbers.compute)
     return cached + numbers.compute * others * (numbers.frozen_seen != numbers.compute), cached
 
@@ -210,26 +219,3 @@ def _blend(settings: ControlSettings, sizes: Sizes) -> int:
     if settings.interpolation == "prog" or residual < 4:
         return 2 * state * residual
     return state * residual  # the blend itself is the next block's input, which that keeps
-
-
-def linears(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a block's linear maps."""
-    hidden, inner = decoder.hidden, decoder.intermediate
-    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    return {
-        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
-        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
-    }  # fmt: skip
-
-
-def adapter_weights(decoder: Decoder, lora: LoRAConfig | None) -> int:
-    """Numbers in the adapters of one block."""
-    if lora is None:
-        return 0
-    targets = _targets(lora)
-    return sum(lora.rank * sum(sides) for name, sides in linears(decoder).items() if name in targets)
-
-
-def _targets(lora: LoRAConfig | None) -> set[str]:
-    """All linear maps without LoRA, because then all of a trained block are trained."""
-    return set(ADAPTED) if lora is None or lora.target_modules == "all-linear" else ADAPTED & set(lora.target_modules)

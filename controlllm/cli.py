@@ -137,7 +137,12 @@ cli_train.add_commands(app)
 
 
 @config_app.command("show")
-def show(recipe: Recipe, overrides: Overrides = None) -> None:
+def show(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="DeepSpeed's settings instead, as JSON.")] = False,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="With --deepspeed: of the whole run.")] = 1,
+) -> None:
     """Print the whole config, defaults included, as YAML: itself a recipe.
 
     Example: `controlllm config show workflows/recipes/demo.yaml train.lr=1e-4 > mine.yaml`
@@ -147,6 +152,9 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
     from controlllm.config import load_config
     from controlllm.recipe import write
 
+    if deepspeed:
+        cli_train.print_deepspeed(load_config(recipe, *(overrides or [])), processes)
+        return
     print(write(load_config(recipe, *(overrides or [])).model_dump(mode="json")), end="")
 
 
@@ -160,7 +168,12 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
     """
     config = _checked(recipe, overrides or [])
     names = ", ".join(dataset.name for dataset in config.mix.datasets)
-    print(f"ok: {config.name}: {config.model.name} learns {names} in {config.train.steps} steps")
+    length = f"{config.train.steps} steps" if config.train.steps else f"{config.train.tokens} tokens"
+    print(f"ok: {config.name}: {config.model.name} learns {names} in {length}")
+    from controlllm.model_shape import model_shape
+
+    if model_shape(config.model.name, revision=config.model.revision) is None:
+        print(f"not checked: sites, context and memory, because the model is not here yet (controlllm memory {recipe})")
 
 
 @config_app.command("schema")

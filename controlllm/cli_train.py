@@ -34,14 +34,15 @@ def memory(
 
     Next: `controlllm train workflows/recipes/demo.yaml`
     """
+    from controlllm.base_model import hub_shape
     from controlllm.config import load_config
     from controlllm.memory import Machine, changes, predict, this_machine
     from controlllm.model_shape import model_shape
 
     config = load_config(recipe, *(overrides or []))
-    shape = model_shape(config.model.name, revision=config.model.revision)
+    shape = model_shape(config.model.name, revision=config.model.revision) or hub_shape(config.model)
     if shape is None:
-        raise UserError(f"model.name: {config.model.name} is not on this machine yet; controlllm ingest {recipe} first")
+        raise UserError(f"model.name: '{config.model.name}' has no config.json on the Hugging Face Hub")
     machine = this_machine() if device_memory is None else Machine("cuda", 1, int(device_memory * GIGABYTE))
     now = predict(shape, config, processes=processes, device=machine.device)
     others = changes(shape, config, processes=processes, device=machine.device)
@@ -55,6 +56,16 @@ def memory(
         print(f"host of {here} processes: {_gb(here * now.host.total)}\n")
     _print_changes(now, others, machine)
     print(_verdict(now, machine))
+
+
+def print_deepspeed(config: Any, processes: int) -> None:
+    import json
+
+    from controlllm.train.zero_config import zero_config
+
+    if config.train.parallel.kind != "deepspeed":
+        raise UserError("--deepspeed: this recipe is not for DeepSpeed; set train.parallel.kind to deepspeed")
+    print(json.dumps(zero_config(config.train, processes=processes), indent=2))
 
 
 def _print_json(now: Any, others: list[Any], machine: Any) -> None:

@@ -13,22 +13,35 @@ from controlllm.store import Output, content_hash, find_lineage, read_lineage, r
 def consolidate(base: Path, trained: Path, method: Method) -> Output:
     """Everything `AutoModelForCausalLM.from_pretrained` needs, for twins after `import controlllm`, and nothing else.
 
-    In float32. LoRA is merged, so that the model is a plain one; the adapter is kept in `adapter/`, as PEFT reads it.
+    In float32. Adapters are merged, so that the model is a plain one; they are kept in `adapter/`, as PEFT reads them.
+    Adapters of twins make the twin a full one, and the model an ordinary expanded one; PEFT has no form for them alone.
+    What merging cost stands in config.json, under `lineage.merge`. Weights that were quantised for training are written
+    as the plain numbers they stood for, because that is what was trained against; `lineage.quantization` says so.
     """
 
     def build(folder: Path) -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
         model = _trained_model(base, trained, method)
-        if method.lora:
-            from controlllm.train.adapters import merge_adapters, save_adapter
-
-            save_adapter(model, folder / "adapter", base_name=_model_name(base))
-            merge_adapters(model)
-        model.config.use_cache = True
+        tokenizer = AutoTokenizer.from_pretrained(base)
         model.config.lineage = _lineage(base, trained)
+        if method.quantization:
+            model.config.lineage["quantization"] = method.quantization.model_dump()
+        if method.lora or method.ia3:
+            from controlllm.merging import merge
+            from controlllm.train.adapters import save_adapter
+
+            if not method.control:
+                save_adapter(model, folder / "adapter", base_name=_model_name(base))
+            model.config.lineage["merge"] = merge(model, tokenizer)
+        if method.prompt:
+            from controlllm.train.prompt import detach
+            from controlllm.train.prompt_files import save_prompt
+
+            save_prompt(detach(model), model.config, folder / "adapter", base_name=_model_name(base))
+        model.config.use_cache = True
         model.eval().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         if (base / "generation_config.json").exists():
             GenerationConfig.from_pretrained(base).save_pretrained(folder)
         _copy_licences(base, folder)
@@ -41,8 +54,12 @@ def _trained_model(base: Path, trained: Path, method: Method) -> Any:
     from controlllm.train.model import load_model
     from controlllm.train.trained import load_trained
 
-    model = load_model(base, ModelConfig(name=str(base)), method)
+    model = load_model(base, ModelConfig(name=str(base), attention="eager"), method)  # of a row that is not packed
     load_trained(trained / "trained.safetensors", model)
+    if method.quantization:
+        from controlllm.train.quantize import dequantise_
+
+        dequantise_(model)
     return model
 
 

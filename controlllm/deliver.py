@@ -63,8 +63,11 @@ def report(
 def method(config: RunConfig) -> str:
     """What was done to the base, in a few words."""
     control = config.control
-    if config.lora:
-        return f"LoRA (rank {config.lora.rank})"
+    adapters = config.method.adapters
+    if adapters and not control:
+        return adapters
+    if prompt := config.prompt:
+        return f"{prompt.kind} tuning ({prompt.num_virtual_tokens} virtual tokens)"
     if config.partial:
         chosen = config.partial.blocks if isinstance(config.partial.blocks, str) else "chosen"
         return f"partial fine-tuning ({config.partial.num_blocks} blocks, {chosen})"
@@ -72,7 +75,9 @@ def method(config: RunConfig) -> str:
         return "full fine-tuning"
     if control.layout == "stack":
         return f"Control LLM (stack, E = {control.num_expanded})"
-    return f"Control LLM ({control.layout}-{control.interpolation}, {control.divergence}, E = {control.num_expanded})"
+    twins = f", twins of {adapters}" if adapters else ""
+    how = f"{control.layout}-{control.interpolation}, {control.divergence}, E = {control.num_expanded}"
+    return f"Control LLM ({how}{twins})"
 
 
 def _stored_report(config: RunConfig, name: str) -> Path | None:

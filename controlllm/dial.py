@@ -135,7 +135,8 @@ def _config_at(checkpoint: Path, alpha_scale: float) -> Json:
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}: has no config.json that can be read ({error}); give a checkpoint") from None
     if not values.get("control"):
-        raise UserError(f"{checkpoint}: is a plain model (no control in config.json); give an expanded checkpoint")
+        found = "has virtual tokens and no twins" if values.get("prompt") else "is a plain model"
+        raise UserError(f"{checkpoint}: {found} (no control in config.json); give an expanded checkpoint")
     base = values.get("base_model_type", values["model_type"])
     classes = [f"Control{name.removeprefix('Control')}" for name in values["architectures"]]
     values |= {"model_type": "controlllm", "base_model_type": base, "architectures": classes}

@@ -69,6 +69,8 @@ def _check_runs(runs: Sequence[Path]) -> list[list[int]]:
             values = json.loads((run / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{run}: has no config.json that can be read ({error}); give a checkpoint") from None
+        if values.get("prompt"):
+            raise UserError(f"{run}: has virtual tokens, which no weight can hold; use it as it is (controlllm.load)")
         control = values.get("control")
         try:
             settings = check_foldable(ControlSettings.from_dict(control) if control else None, merged=len(runs) > 1)

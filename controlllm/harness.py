@@ -13,6 +13,7 @@ from lm_eval.models import huggingface
 from torch import Tensor
 
 from controlllm.progress import Advance
+from controlllm.train.prompt import virtual_tokens_of
 
 HFLM: Any = huggingface.HFLM  # its registering decorator hides its type
 Request = tuple[Any, list[int], list[int]]  # (what the harness calls it, context, continuation)
@@ -44,6 +45,12 @@ class CountingLM(HFLM):
     def count_after(self, prompt: str, target: str) -> int:
         """Tokens that are scored of a target after its prompt, as the harness splits the two."""
         return len(self._encode_pair(prompt, target)[1])
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text, without the model's virtual ones."""
+        virtual = virtual_tokens_of(self.model)
+        return super().max_length - (virtual.count if virtual else 0)
 
     def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
         out = super()._model_generate(context, *args, **kwargs)

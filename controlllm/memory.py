@@ -94,7 +94,7 @@ def _alternatives(config: RunConfig, processes: int, *, alone: bool) -> list[tup
     elif not alone:
         count = processes if processes > 1 else 8
         add("train.parallel.kind=fsdp", count=count, option=f"--processes {count}", parallel=FSDP())
-    frozen = config.control or config.lora or config.partial
+    frozen = not config.method.trains_all
     if frozen and config.model.dtype == "float32" and train.precision in ("bf16", "fp16", "float8"):
         narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
         found.append((("model.dtype=bfloat16",), narrow, processes))

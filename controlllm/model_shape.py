@@ -131,6 +131,10 @@ def _folder(folder: Path) -> Shape:
         raise UserError(
             f"{folder}: its blocks have twins already; fold it first (controlllm fold {folder} FOLDED) and name that"
         )
+    if "prompt" in config:
+        raise UserError(
+            f"{folder}: was trained with virtual tokens, which would be left out; name the model it was trained from"
+        )
     weights = _weights(folder)
     if not any((folder / file).exists() for file in _TOKENIZERS):
         raise UserError(f"{folder}: has no tokenizer; add {_TOKENIZERS[0]}")

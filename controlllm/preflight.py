@@ -21,9 +21,11 @@ from controlllm.data.steps import build_steps
 from controlllm.errors import UserError, one_line
 from controlllm.memory import check_memory
 from controlllm.model_shape import Shape, model_shape
+from controlllm.quantizable import unquantizable
 from controlllm.recipe import KeyPath, dotted, read
 from controlllm.store import store_root
 from controlllm.train.trackers import missing_trackers
+from controlllm.train.zero_config import zero_mistake
 
 __all__ = ["Shape", "check", "model_shape"]
 
@@ -32,8 +34,6 @@ REMOTE_PACKAGES = {"hdfs": "hdfs_native", "s3": "s3fs", "gs": "gcsfs"}
 
 # The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
 NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "train.trainer": (("transformers",), "use 'native'"),
-    "quantization": (None, "leave the section out"),
     "benchmark.backend": (("vllm",), "use 'hf'"),
 }
 
@@ -56,12 +56,14 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         _names(config)
         _pack(config.pack)
         shape = _model(config)
-        _trackers(config)
+        _complain(missing_trackers(config.train.metrics), zero_mistake(config), unquantizable(config, shape))
         if serving and shape and os.environ.get("CONTROLLLM_PROFILE", "local") == "local":
             _memory(config, shape)
         _output(config)
         _disk(shape)
         _sources(config)
+        if config.smoke and config.prompt:
+            raise _Wrong("smoke", "vLLM has no place for the virtual tokens of the prompt section; set smoke to null")
         if serving and config.smoke and importlib.util.find_spec("vllm") is None:
             raise _Wrong(
                 "smoke", "vLLM is not installed; pip install 'controlllm[serve-cpu]', or smoke: null to leave it out"
@@ -154,15 +156,16 @@ def _model(config: RunConfig) -> Shape | None:
         key, _, text = str(error).partition(": ")
         raise _Wrong(key, text) from None
     length, longest = config.pack.context_length, shape.max_positions
-    if longest and length > longest:
-        raise _Wrong("pack.context_length", f"{length} is more than the model's {longest} positions; use at most that")
+    virtual = config.prompt.num_virtual_tokens if config.prompt else 0
+    if longest and length + virtual > longest:
+        found = f"{length}{f' with prompt.num_virtual_tokens {virtual}' if virtual else ''}"
+        raise _Wrong("pack.context_length", f"{found} is more than the model's {longest} positions; use at most that")
     return shape
 
 
-def _trackers(config: RunConfig) -> None:
-    if missing := missing_trackers(config.train.metrics):
-        key, _, text = missing.partition(": ")
-        raise _Wrong(key, text)
+def _complain(*complaints: str | None) -> None:
+    for complaint in filter(None, complaints):
+        raise _Wrong(*complaint.split(": ", 1))
 
 
 def _memory(config: RunConfig, shape: Shape) -> None:
@@ -170,7 +173,8 @@ def _memory(config: RunConfig, shape: Shape) -> None:
     try:
         check_memory(config, shape)
     except UserError as error:
-        raise _Wrong("train", str(error)) from None
+        elsewhere = "where another machine trains, name its profile: CONTROLLLM_PROFILE=gpu-8x2 (k8s/profiles)"
+        raise _Wrong("train", f"{error}; {elsewhere}") from None
 
 
 def _output(config: RunConfig) -> None:

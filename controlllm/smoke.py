@@ -21,6 +21,7 @@ from controlllm.errors import UserError
 from controlllm.fingerprint import PACKAGE
 from controlllm.progress import console
 from controlllm.store import Output, run_stage
+from controlllm.tuned import has_virtual_tokens
 
 TIMEOUT_SECONDS = 1800.0
 ENVIRONMENT = {
@@ -53,6 +54,8 @@ def smoke_test(folder: Path, *, model: Path, prompts: list[str], config: SmokeCo
             "smoke: vLLM is not installed; pip install 'controlllm[serve-cpu]' (with a GPU: 'controlllm[serve]'), "
             "or set smoke=null to leave the smoke test out"
         )
+    if has_virtual_tokens(model):
+        raise UserError(f"smoke: {model} has virtual tokens, which vLLM has no place for; set smoke to null")
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)

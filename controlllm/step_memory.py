@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from controlllm.adapter_memory import gathered_whole
 from controlllm.block_memory import Block, Numbers, Sizes, blocks
 from controlllm.config import FSDP, RunConfig
 from controlllm.errors import UserError
 from controlllm.model_shape import Shape
+from controlllm.prompt_memory import row_tokens, virtual_numbers
 
 CONTEXT = {"cuda": 700_000_000, "cpu": 0}
 """CUDA context, NCCL's buffers and the workspace of matrix products."""
@@ -52,37 +54,38 @@ class Step:
         self.shards = self._shards(processes)
         self.ddp = self.fsdp is None and processes > 1
         self.accumulates = ceil(train.global_batch_size / processes) > train.micro_batch_size
-        self.tokens = train.micro_batch_size * config.pack.context_length
+        self.tokens = train.micro_batch_size * row_tokens(config)
         self.numbers = self._numbers()
-        attention = config.model.attention
-        sizes = Sizes(decoder, self.numbers, self.tokens, train.activation_checkpointing, attention, config.lora)
+        mode, attention = train.activation_checkpointing, config.model.attention
+        adapter = config.lora or config.ia3
+        sizes = Sizes(decoder, self.numbers, self.tokens, mode, attention, adapter, config.quantization)
         try:
             self.blocks = blocks(config, sizes, layers=shape.layers)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.everything = not (config.control or config.partial or config.lora)
-        self.trained = sum(block.trained for block in self.blocks) + self.everything * decoder.outer
-        self.frozen = sum(block.weights for block in self.blocks) + decoder.outer - self.trained
+        self.everything = config.method.trains_all
+        inside = sum(block.trained for block in self.blocks) + self.everything * decoder.outer
+        self.trained = inside + virtual_numbers(config, decoder, shape.layers)
+        self.frozen = sum(block.weights for block in self.blocks) + decoder.outer - inside
 
     def _shards(self, processes: int) -> int:
         if self.fsdp is None:
             return 1
-        shards = self.fsdp.shards or max(processes // self.fsdp.replicas, 1)
-        if processes > 1 and shards * self.fsdp.replicas != processes:
-            raise UserError(
-                f"train.parallel: {self.fsdp.replicas} replicas × {shards} shards need "
-                f"{self.fsdp.replicas * shards} processes, but the prediction is for {processes}"
-            )
-        return shards
+        if processes == 1:
+            return self.fsdp.shards or 1
+        try:
+            return self.fsdp.sizes(processes)[1]
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def _numbers(self) -> Numbers:
         config, precision = self.config, self.config.train.precision
         pure = precision in ("bf16_stochastic", "bf16_kahan")
         compute = 4 if precision == "float32" else 2
-        everything = not (config.control or config.partial or config.lora)
+        everything = config.method.trains_all
         frozen = 2 if pure else 4 if everything or config.model.dtype == "float32" else 2
         trained = 2 if pure else 4
-        gathered = compute if self.fsdp and precision != "float32" else None
+        gathered = compute if self.fsdp and precision != "float32" and not gathered_whole(config) else None
         frozen_seen = frozen if gathered is None or (self.fsdp and self.fsdp.frozen == "replicate") else gathered
         trained_seen = trained if gathered is None else gathered
         residual = trained_seen if everything else frozen_seen
@@ -143,7 +146,8 @@ class Step:
 
     @property
     def _frozen_bytes(self) -> int:
-        return self.frozen * self.numbers.frozen // (1 if self._replicated else self.shards)
+        whole = self.frozen * self.numbers.frozen - sum(block.saved for block in self.blocks)
+        return whole // (1 if self._replicated else self.shards)
 
     @property
     def _trained_bytes(self) -> int:

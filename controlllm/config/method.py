@@ -165,7 +165,7 @@ class PromptConfig(Config):
     kind: Literal["prompt", "prefix"] = "prompt"
     """prompt trains embeddings (Lester et al. 2021), prefix keys and values of every layer (Li and Liang 2021)."""
     num_virtual_tokens: Positive = 20
-    """Their number; a document with them must fit into pack.context_length."""
+    """Their number; pack.context_length and they together must fit into the model's positions."""
     init_text: str | None = None
     """Text whose embeddings a prompt starts from; random ones of the vocabulary when left out."""
 
@@ -219,7 +219,11 @@ class Method(Config):
         return not (self.control or self.lora or self.ia3 or self.prompt or self.partial)
 
     @property
-    def kind(self) -> str:
-        """Name of the section that says what is trained; full where there is none."""
-        kinds = ("control", "lora", "ia3", "prompt", "partial")
-        return next((name for name in kinds if getattr(self, name)), "full")
+    def adapters(self) -> str:
+        """`DoRA of rank 16`; empty without adapters."""
+        if self.ia3:
+            return "IA3"
+        if self.lora is None:
+            return ""
+        kind = "DoRA" if self.lora.dora else "LoRA"
+        return f"{'rank-stabilised ' if self.lora.rslora else ''}{kind} of rank {self.lora.rank}"

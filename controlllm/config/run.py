@@ -66,6 +66,12 @@ class RunConfig(Config):
                 "train.precision float32 computes with the frozen weights as they are stored: set model.dtype to "
                 f"float32, too, or train.precision to bf16, found model.dtype {self.model.dtype}"
             )
+        small = self.ia3 or (self.lora and self.lora.dora)
+        if small and self.train.precision in ("bf16_stochastic", "bf16_kahan"):
+            raise ValueError(
+                f"train.precision {self.train.precision} keeps what is trained in bf16, which is too coarse for the "
+                f"factors near 1 of {'ia3' if self.ia3 else 'lora.dora'}: use train.precision bf16"
+            )
         if self.quantization and (self.method.trains_all or self.partial):
             raise ValueError("quantization stores frozen weights: it needs a control, lora, ia3 or prompt section")
         return self
@@ -81,6 +87,27 @@ class RunConfig(Config):
         if len(methods) > 1:
             hint = " (or set control.twin to it)" if methods[0] == "control" and methods[1] in ("lora", "ia3") else ""
             raise ValueError(f"{methods[0]} and {methods[1]} exclude each other: leave one section out{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_flat_shards(self) -> "RunConfig":
+        """Of torch's older FSDP: a unit is one tensor, of one dtype, whose gradient is kept whole."""
+        parallel = self.train.parallel
+        if parallel.kind != "fsdp" or parallel.version == 2:
+            return self
+        twin = self.control.twin if self.control else "full"
+        if twin != "full":
+            raise ValueError(
+                f"control.twin {twin} and train.parallel.version 1 do not go together: the twin shares weights with "
+                "its block, and each of them would be sharded by itself; use version 2"
+            )
+        dora = self.lora is not None and self.lora.dora
+        section = "lora.dora" if dora else "ia3" if self.ia3 else "prompt" if self.prompt else None
+        if section and self.model.dtype != "float32" and parallel.frozen == "shard":
+            raise ValueError(
+                f"{section} is trained in float32, and train.parallel.version 1 shards it in one tensor with frozen "
+                f"weights, found model.dtype {self.model.dtype}; use version 2 or parallel.frozen: replicate"
+            )
         return self
 
     @model_validator(mode="after")

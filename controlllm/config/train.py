@@ -109,10 +109,10 @@ class FSDP(Config):
 
     kind: Literal["fsdp"] = "fsdp"
     """Shard with torch's `fully_shard`."""
-    replicas: Positive = 1
-    """More than one is HSDP: shard within a replica, sum between replicas."""
+    replicas: Positive | None = None
+    """More than one is HSDP: shard within a replica, sum between replicas. By default as many as `shards` leaves."""
     shards: Positive | None = None
-    """Processes a replica is sharded over; by default the launcher's number of processes / replicas."""
+    """Processes a replica is sharded over, such as those of a node; by default the launcher's number / replicas."""
     frozen: Literal["shard", "replicate"] = "shard"
     """replicate keeps the frozen weights whole in every process: more memory, far less traffic."""
     reshard_after_forward: bool = True
@@ -120,7 +120,22 @@ class FSDP(Config):
     cpu_offload: bool = False
     """Keep the shards in CPU memory, and step the optimizer there."""
     version: Annotated[Literal[1, 2], BeforeValidator(no_flag)] = 2
-    """1 is torch's older FSDP, through the transformers trainer and on GPUs only."""
+    """1 is torch's older FSDP, through the transformers trainer only."""
+
+    def sizes(self, processes: int) -> tuple[int, int]:
+        """(replicas, shards) for so many processes. ValueError where they do not come out even."""
+        replicas, shards = self.replicas, self.shards
+        if shards is None:
+            replicas = replicas or 1
+            shards = max(processes // replicas, 1)
+        elif replicas is None:
+            replicas = max(processes // shards, 1)
+        if replicas * shards != processes:
+            raise ValueError(
+                f"train.parallel: {replicas} replicas × {shards} shards need {replicas * shards} processes, but there "
+                f"are {processes}"
+            )
+        return replicas, shards
 
 
 class DeepSpeed(Config):
@@ -191,8 +206,14 @@ class TrainConfig(Config):
     def _consistent(self) -> "TrainConfig":
         if self.parallel.kind == "deepspeed" and self.trainer == "native":
             raise ValueError("parallel.kind deepspeed needs trainer: transformers; the native trainer shards with FSDP")
-        if self.parallel.kind == "fsdp" and self.parallel.version == 1 and self.trainer == "native":
+        flat = self.parallel.kind == "fsdp" and self.parallel.version == 1
+        if flat and self.trainer == "native":
             raise ValueError("parallel.version 1 needs trainer: transformers; the native trainer shards with version 2")
+        if flat and (self.optimizer.name != "adamw" or self.precision not in ("bf16", "fp16", "float32")):
+            raise ValueError(
+                "parallel.version 1 goes with optimizer.name adamw and precision bf16, fp16 or float32; use version 2, "
+                f"found {self.optimizer.name} and {self.precision}"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "

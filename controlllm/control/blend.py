@@ -46,7 +46,7 @@ def blended(
 
     All hidden states (batch, seq, hidden). What autograd sees is the same as of the plain formulas.
     """
-    if not torch.is_grad_enabled() or teacher is not None:
+    if not torch.is_grad_enabled() or teacher is not None or _is_in_parts(interpolation):
         return _plain(interpolation, measure, frozen, expanded, inputs, teacher=teacher, detach=detach_teacher)
     if interpolation.is_lerp and not interpolation.weighs_outputs and measure in (None, mse):
         weights = interpolation.weights(frozen, expanded, inputs)
@@ -55,6 +55,11 @@ def blended(
     formulas = _Formulas(interpolation, measure, detach_teacher)
     hidden, alpha, gate, distance = _Recomputed.apply(formulas, frozen, expanded, inputs, *interpolation.parameters())  # type: ignore[misc]
     return Blended(hidden, Weights(alpha, gate), distance)
+
+
+def _is_in_parts(interpolation: Interpolation) -> bool:
+    """Whether ZeRO-3 gathers its parameters: only for the module's own calls, and not for autograd steps around them."""
+    return any(hasattr(parameter, "ds_id") for parameter in interpolation.parameters())
 
 
 def _plain(
@@ -126,6 +131,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.formulas = formulas
+        ctx.names = [name for name, _ in formulas.named_parameters()]  # in a backward pass FSDP may hide them
         hidden, alpha, gate, distance = formulas(frozen, expanded, inputs)
         if formulas.interpolation.restorable:
             kept = hidden, expanded - frozen, *formulas.interpolation.coefficients(frozen, expanded, alpha)
@@ -143,11 +149,10 @@ class _Recomputed(torch.autograd.Function):
         inputs = frozen if inputs is None else inputs  # some tensor of this shape: nobody reads it
         kept, needed = (frozen, expanded, inputs, *parameters), ctx.needs_input_grad[1:]
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(kept, needed, strict=True)]
-        names = [name for name, _ in ctx.formulas.named_parameters()]
         with torch.enable_grad():
             # Views, because the hooks of torch's counters and profilers may not be given leaves here.
             states = tuple(leaf.view_as(leaf) for leaf in leaves[:3])
-            outputs = functional_call(ctx.formulas, dict(zip(names, leaves[3:], strict=True)), states)
+            outputs = functional_call(ctx.formulas, dict(zip(ctx.names, leaves[3:], strict=True)), states)
         used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
         given = [grad.to(out.dtype) for out, grad in used]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]

@@ -19,10 +19,18 @@ from controlllm.control.settings import ControlSettings
 class ControlBlock(nn.Module):
     """Runs both blocks on the same input and returns the blend; while measured, leaves the divergence in itself."""
 
-    def __init__(self, frozen: nn.Module, settings: ControlSettings, *, hidden_size: int, cache_slot: int):
+    def __init__(
+        self,
+        frozen: nn.Module,
+        settings: ControlSettings,
+        *,
+        hidden_size: int,
+        cache_slot: int,
+        shared_weights: bool = False,
+    ):
         super().__init__()
         self.frozen = frozen
-        self.expanded = twin_of(frozen)
+        self.expanded = twin_of(frozen, shared_weights=shared_weights)
         if settings.norm_relaxation != 0:
             relax_norms(self.expanded, settings.norm_relaxation)
         self.interpolation = STRATEGIES[settings.interpolation](hidden_size, alpha=settings.alpha)
@@ -84,10 +92,13 @@ class ControlBlock(nn.Module):
         return self.divergence_weight * distance.sum()
 
 
-def twin_of(block: nn.Module) -> nn.Module:
-    """A copy with tensors of its own; the config stays shared, so that whoever sets the attention kernel sets both."""
-    configs = [module.config for module in block.modules() if hasattr(module, "config")]
-    return copy.deepcopy(block, {id(config): config for config in configs})
+def twin_of(block: nn.Module, *, shared_weights: bool = False) -> nn.Module:
+    """A copy with tensors of its own, or whose parameters are the block's; the config stays shared, so that whoever
+    sets the attention kernel sets both."""
+    shared: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
+    if shared_weights:
+        shared += block.parameters()
+    return copy.deepcopy(block, {id(one): one for one in shared})
 
 
 @contextmanager

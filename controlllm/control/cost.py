@@ -146,6 +146,17 @@ def control_step(base: ModelFlops, settings: ControlSettings, *, cached_prefix: 
     return StepFlops(run * base.layer + base.head, _backward(base, frozen_above, trained=len(settings.sites)))
 
 
+def shared_twin_step(base: ModelFlops, settings: ControlSettings, *, adapters: float, unused: float = 0.0) -> StepFlops:
+    """Control LLM whose twins are frozen blocks with adapters: no twin's own weight has a gradient.
+
+    adapters: forward products of those of all twins. unused: of the backward pass over the lowest twin, what lies
+    before its first adapter.
+    """
+    full = control_step(base, settings)
+    less = len(settings.sites) * base.matmul + unused
+    return StepFlops(full.forward + adapters, full.backward - less + 2 * adapters)
+
+
 def _backward(base: ModelFlops, frozen_above: int, *, trained: int) -> float:
     frozen = base.matmul + 2 * base.attention
     return frozen_above * frozen + trained * 2 * base.layer + base.head

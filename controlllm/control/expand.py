@@ -37,13 +37,19 @@ def stack(decoder: nn.Module, settings: ControlSettings) -> None:
         set_layer_index(layer, index)
 
 
-def pair(decoder: nn.Module, settings: ControlSettings) -> None:
-    """Replace the decoder layers at the sites by ControlBlocks, in place."""
+def pair(decoder: nn.Module, settings: ControlSettings, *, shared_weights: bool = False) -> None:
+    """Replace the decoder layers at the sites by ControlBlocks, in place; a twin may share its block's weights."""
     layers = decoder_layers(decoder)
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
     for number, index in enumerate(settings.paired):
         slot = len(layers) + number
-        layers[index] = ControlBlock(layers[index], settings, hidden_size=hidden_size, cache_slot=slot)  # type: ignore[arg-type]
+        layers[index] = ControlBlock(
+            layers[index],
+            settings,
+            hidden_size=hidden_size,  # type: ignore[arg-type]
+            cache_slot=slot,
+            shared_weights=shared_weights,
+        )
     if settings.alpha_scale != 1:
         for index in settings.stacked:
             dim(layers[index], settings.alpha_scale)
@@ -103,7 +109,7 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 
 
 def _is_block(module: nn.Module) -> bool:
-    if isinstance(module, ControlBlock):
+    if isinstance(getattr(module, "_fsdp_wrapped_module", module), ControlBlock):  # torch's older FSDP around it
         return True
     try:
         return attention_of(module) is not module
@@ -134,6 +140,7 @@ def freeze(model: PreTrainedModel) -> None:
     for block in control_blocks(model):
         block.expanded.requires_grad_(True)
         block.interpolation.requires_grad_(True)
+        block.frozen.requires_grad_(False)  # a twin may share its weights
         for parameter in _kept_still(block):
             parameter.requires_grad_(False)
 

@@ -54,9 +54,10 @@ def control_config(base: PreTrainedConfig, settings: ControlSettings) -> PreTrai
     return classes.config.from_dict(values)
 
 
-def expand_model(base: Any, settings: ControlSettings) -> Any:
+def expand_model(base: Any, settings: ControlSettings, *, shared_weights: bool = False) -> Any:
     """An expanded model with the weights of `base` (its frozen tensors are the same memory), ready to train.
 
+    shared_weights: twins have no weights of their own, but their frozen block's; something else is trained in them.
     ValueError, before anything is changed, where the model's blocks cannot be found or have twins already.
     """
     if base.config.model_type == MODEL_TYPE:
@@ -67,7 +68,7 @@ def expand_model(base: Any, settings: ControlSettings) -> Any:
     vars(config).update(kernels)  # of attention, of experts
     stack(base.base_model, settings)
     as_expanded(base, config)
-    pair(base.base_model, settings)
+    pair(base.base_model, settings, shared_weights=shared_weights)
     freeze(base)
     return base
 

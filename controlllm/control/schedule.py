@@ -28,8 +28,10 @@ def set_step(model: nn.Module, control: ControlConfig, *, step: int, done: float
     for block in control_blocks(model):
         block.divergence_weight = weight
         if control.alpha_schedule.final is not None:
-            with torch.no_grad():
-                block.interpolation.get_parameter("alpha_logit").fill_(logit(alpha))
+            parameter = block.interpolation.get_parameter("alpha_logit")
+            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3 keeps another copy
+                with torch.no_grad():
+                    tensor.fill_(logit(alpha))
 
 
 def mark_scheduled(model: nn.Module, control: ControlConfig) -> None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from controlllm.control.block import ControlBlock
 from controlllm.control.expand import decoder_layers
+from controlllm.train.prompt import virtual_tokens_of
 
 aten = torch.ops.aten
 # What selective keeps: products and attention take nearly all of a block's time, and a part of its memory.
@@ -58,7 +59,7 @@ class Recomputed:
 def blocks_with_gradient(model: Any) -> list[nn.Module]:
     """The blocks that a backward pass goes through: the lowest with a trained tensor and those above it."""
     blocks = inner_blocks(model)
-    if not _trained(model.get_input_embeddings()):
+    if not _trained(model.get_input_embeddings()) and virtual_tokens_of(model) is None:
         blocks = list(dropwhile(lambda block: not _trained(block), blocks))
     return blocks
 

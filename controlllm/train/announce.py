@@ -11,6 +11,8 @@ from controlllm.model_shape import model_shape
 from controlllm.progress import console
 from controlllm.train.distributed import World
 from controlllm.train.inputs import Inputs
+from controlllm.train.quantize import weight_count
+from controlllm.train.trained import numel
 
 GIGABYTE = 10**9
 
@@ -18,8 +20,8 @@ GIGABYTE = 10**9
 def announce(model: Any, inputs: Inputs, world: World, folder: Path, place: Path | str) -> None:
     """Two lines. place: of the checkpoints. The main process calls this."""
     config, pack = inputs.config, pack_of(inputs.shards)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    total = weight_count(model)
     facts = (
         f"{short(trained)} of {short(total)} parameters trained ({_what(model, inputs)})",
         _processes(inputs, world),
@@ -48,10 +50,13 @@ def short(count: int) -> str:
 def _what(model: Any, inputs: Inputs) -> str:
     method, settings = inputs.method, settings_of(model)
     if settings:
-        blocks = ", ".join(map(str, settings.sites))
-        return f"{len(settings.sites)} twins, {settings.layout}, at blocks {blocks}"
-    if method.lora:
-        return f"LoRA of rank {method.lora.rank}"
+        blocks, adapters = ", ".join(map(str, settings.sites)), method.adapters
+        kind = f" of {adapters}" if adapters else ""
+        return f"{len(settings.sites)} twins{kind}, {settings.layout}, at blocks {blocks}"
+    if adapters := method.adapters:
+        return adapters
+    if method.prompt:
+        return f"{method.prompt.num_virtual_tokens} virtual tokens, {method.prompt.kind}"
     if method.partial:
         return f"{method.partial.num_blocks} of the model's own blocks"
     return "the whole model"
@@ -63,8 +68,8 @@ def _processes(inputs: Inputs, world: World) -> str:
         return f"1 process on {world.device.type}"
     way: str = parallel.kind
     if isinstance(parallel, FSDP):
-        shards = world.size // parallel.replicas
-        way = f"{parallel.replicas} × {shards} shards" if parallel.replicas > 1 else f"{shards} shards"
+        replicas, shards = parallel.sizes(world.size)
+        way = f"{replicas} × {shards} shards" if replicas > 1 else f"{shards} shards"
         way += ", frozen ones whole" if parallel.frozen == "replicate" else ""
     return f"{world.size} processes on {world.device.type}, {way}"
 
@@ -75,7 +80,7 @@ def _needs(inputs: Inputs, pack: PackConfig, world: World) -> list[str]:
     shape = model_shape(str(inputs.base))
     if shape is None or shape.decoder is None:
         return []
-    method = {name: getattr(inputs.method, name) for name in ("control", "lora", "partial")}
+    method = dict(inputs.method)
     config = RunConfig(name="run", model=inputs.model, pack=pack, mix=inputs.mix, train=inputs.config, **method)
     memory = predict(shape, config, processes=world.size, device=device)
     return [f"about {peak(memory, Machine(device, 1, None)) / GIGABYTE:.2g} GB each"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from controlllm.config import CheckpointConfig
@@ -21,7 +20,17 @@ from controlllm.errors import UserError
 from controlllm.progress import console
 from controlllm.train.checkpoint_files import Damaged, LocalStore, Manifest, step_name, verify
 from controlllm.train.checkpoint_remote import RemoteStore
-from controlllm.train.checkpoint_tensors import Offsets, Written, named_tensors, own_share, read_tensors, write_shard
+from controlllm.train.checkpoint_tensors import (
+    Offsets,
+    Optimizer,
+    OwnState,
+    Written,
+    named_tensors,
+    own_share,
+    read_into,
+    read_tensors,
+    write_shard,
+)
 from controlllm.train.distributed import World
 from controlllm.train.staging import Staging
 from controlllm.train.together import Together
@@ -57,7 +66,7 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
         """Read the newest verified checkpoint into place and return its state; None where there is no checkpoint.
 
         UserError where it is of another run, or where there are some and none is whole.
@@ -70,14 +79,18 @@ class Checkpoints:
             )
         return self._read(manifest, model, optimizer)
 
-    def restore_best(self, model: nn.Module) -> dict[str, Any] | None:
-        """The trained tensors of the newest checkpoint marked best, and its state; None where there is none."""
-        return self._read(self._newest(only_best=True), model, None)
+    def restore_best(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any] | None:
+        """The trained tensors of the newest checkpoint marked best, and its state; None where there is none.
+
+        optimizer: whose state stays as it is; needed where it is an OwnState, which holds the trained tensors.
+        """
+        own = optimizer if isinstance(optimizer, OwnState) else None
+        return self._read(self._newest(only_best=True), model, own, with_optimizer=False)
 
     def save(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         state: dict[str, Any],
         *,
         best: bool = False,
@@ -204,11 +217,17 @@ class Checkpoints:
                 )
 
     def _read(
-        self, manifest: Manifest | None, model: nn.Module, optimizer: torch.optim.Optimizer | None
+        self, manifest: Manifest | None, model: nn.Module, optimizer: Optimizer | None, *, with_optimizer: bool = True
     ) -> dict[str, Any] | None:
         if manifest is None:
             return None
-        self._together.do(lambda: read_tensors(self._store.place(manifest.step), model, optimizer))
+        place = self._store.place(manifest.step)
+        if isinstance(optimizer, OwnState):
+            tensors = optimizer.tensors(model, with_optimizer=with_optimizer)
+            self._together.do(lambda: read_into(place, tensors))
+            optimizer.take(model, tensors)  # only after nobody has failed
+        else:
+            self._together.do(lambda: read_tensors(place, model, optimizer))
         if self._store.is_fetched_by(self.world):
             self._store.release(manifest.step)
         return manifest.state

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -41,8 +41,26 @@ Offsets = dict[str, list[int]]
 """Where in the whole tensor the part begins that a process writes, by name."""
 
 
-def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+@runtime_checkable
+class OwnState(Protocol):
+    """An optimizer that keeps what is trained, and its state, in a form of its own. All processes call its methods."""
+
+    def tensors(self, model: nn.Module, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Copies as `named_tensors` names them; DTensors where a process has a part."""
+        ...
+
+    def take(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Put such tensors where they belong."""
+        ...
+
+
+Optimizer = torch.optim.Optimizer | OwnState
+
+
+def named_tensors(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
     """`model.<parameter>` of what is trained and, with an optimizer, `optimizer.<parameter>.<key>` of its state."""
+    if isinstance(optimizer, OwnState):
+        return optimizer.tensors(model)
     named = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
@@ -126,15 +144,27 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """Read a verified checkpoint into a model (and its optimizer), in place, whatever wrote it and however it is
     sharded now. UserError unless names, shapes and dtypes are equal; without an optimizer only the model's are read.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        metadata = reader.read_metadata()
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _other_run(folder, f"its files are no shards of a checkpoint ({error})") from None
+    reader, metadata = _open(folder)
     if optimizer is not None:
         _make_state(model, optimizer, metadata)
-    tensors = named_tensors(model, optimizer)
-    _require_equal(folder, metadata, tensors, ignore_optimizer=optimizer is None)
+    _read(folder, reader, metadata, named_tensors(model, optimizer))
+
+
+def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """The same into tensors of these names; without any of an optimizer, the optimizer's are passed over."""
+    _read(folder, *_open(folder), tensors)
+
+
+def _open(folder: Path) -> tuple[HuggingFaceStorageReader, Metadata]:
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        return reader, reader.read_metadata()
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _other_run(folder, f"its files are no shards of a checkpoint ({error})") from None
+
+
+def _read(folder: Path, reader: HuggingFaceStorageReader, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
+    _require_equal(folder, metadata, tensors, ignore_optimizer=not any(n.startswith("optimizer.") for n in tensors))
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(tensors, metadata, is_coordinator=True)

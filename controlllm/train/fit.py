@@ -27,11 +27,13 @@ from controlllm.train.model import load_model
 from controlllm.train.native import Trainer
 from controlllm.train.parallel import Parallel, parallelize
 from controlllm.train.precision import autocast
+from controlllm.train.quantize import weight_count
 from controlllm.train.retention import retention_rows
 from controlllm.train.run import TrainingRun
-from controlllm.train.trained import whole_trained_tensors
+from controlllm.train.trained import numel, whole_trained_tensors
 from controlllm.train.validate import Validation
 from controlllm.train.weights import empty_model, fill
+from controlllm.train.zero import check_start
 
 SUMMARY = "train.json"
 """Written last: with it the run is finished."""
@@ -84,12 +86,13 @@ def _parallel(inputs: Inputs, world: World) -> Parallel:
     """The model, spread over the processes, with its weights in place."""
     config, sharding = inputs.config, inputs.config.parallel
     refuse_missing(inputs.model.attention, world.device)
-    in_shards = isinstance(sharding, FSDP) and sharding.version == 2
-    build = empty_model if in_shards else load_model
-    model = build(inputs.base, inputs.model, inputs.method, seed=config.seed)
+    check_start(config, world)
     read = None
-    if in_shards:
+    if isinstance(sharding, FSDP) and sharding.version == 2:
+        model = empty_model(inputs.base, inputs.model, inputs.method, seed=config.seed)
         read = partial(fill, base=inputs.base, device=world.device, cpu_offload=sharding.cpu_offload, world=world)
+    else:
+        model = load_model(inputs.base, inputs.model, inputs.method, seed=config.seed)
     return parallelize(model, world, config, fill=read)
 
 
@@ -153,8 +156,8 @@ def _summary(model: Any, folder: Path, trainer: TrainingRun) -> dict[str, Any]:
         "target_tokens": sum(row["targets"] for row in steps),
         "seconds": round(sum(row["seconds"] for row in steps), 1),
         "processes": trainer.world.size,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(numel(p) for p in model.parameters() if p.requires_grad),
+        "total_parameters": weight_count(model),
         "sites": (getattr(model.config, "control", None) or {}).get("sites", []),
         "control": getattr(model.config, "control", None),
     }

@@ -22,9 +22,11 @@ from controlllm.control.cost import (
     lora_step,
     mean_length,
     partial_step,
+    shared_twin_step,
 )
-from controlllm.control.expand import decoder_layers, settings_of
+from controlllm.control.expand import control_blocks, decoder_layers, settings_of
 from controlllm.control.settings import ControlSettings
+from controlllm.train.prompt import virtual_tokens_of
 
 # Dense TFLOP/s in bfloat16 with float32 accumulation, from the makers' data sheets (which often print the double, with
 # sparsity), and whether float8 doubles it. The first pattern that is found in the device's name counts.
@@ -84,27 +86,34 @@ class StepCost:
     matmul: float
     """Products of one layer, multiplications per token."""
     adapters: float
-    """Of all adapters together."""
-    before_adapters: tuple[float, float]
-    """Products and attentions of the backward pass that lie before the first adapter."""
+    """Of all low-rank ones together; DoRA's lengths are computed once for all tokens."""
+    before_adapters: tuple[float, float] | None
+    """Products and attentions of the backward pass before the first adapter, of twins in the lowest; None without."""
     trained: tuple[int, ...]
     """Layers whose own weights are trained; with the head, all of the model is."""
     head_trained: bool
+    virtual_tokens: int = 0
+    """Before every document; nothing else is trained then."""
 
     def step(self, lengths: Sequence[int], *, targets: int, causal: bool = True) -> float:
         """FLOPs of forward and backward pass over documents of these lengths, of which `targets` tokens are learned.
 
         causal: whether attention is counted without what the mask hides.
         """
+        lengths = [length + self.virtual_tokens for length in lengths]
         return self._step(self._base(lengths, targets, causal), sum(lengths)).total
 
     def _step(self, base: ModelFlops, tokens: int) -> StepFlops:
+        if self.before_adapters:
+            adapters, (products, attentions) = 2.0 * tokens * self.adapters, self.before_adapters
+            unused = 2.0 * tokens * products + 2 * attentions * base.attention
+            if self.settings:
+                return shared_twin_step(base, self.settings, adapters=adapters, unused=unused)
+            return lora_step(base, adapters=adapters, unused=unused)
         if self.settings:
             return control_step(base, self.settings)
-        if self.adapters:
-            products, attentions = self.before_adapters
-            unused = 2.0 * tokens * products + 2 * attentions * base.attention
-            return lora_step(base, adapters=2.0 * tokens * self.adapters, unused=unused)
+        if self.virtual_tokens:
+            return lora_step(base, adapters=0.0)
         return full_step(base) if self.head_trained else partial_step(base, self.trained)
 
     def _base(self, lengths: Sequence[int], targets: int, causal: bool) -> ModelFlops:
@@ -131,18 +140,20 @@ def step_cost(model: Any) -> StepCost | None:
     sizes = [_products(layer, config) for layer in layers]
     if not _plain_attention(config) or None in sizes or len(set(sizes)) != 1 or not sizes[0]:
         return None
-    adapters = [list(_adapters(layer)) for layer in layers]
+    blocks = [block.expanded for block in control_blocks(model)] or layers
+    adapters = [list(_adapters(block)) for block in blocks]
     per_layer = [sum(_size(half) for _, pair in found for half in pair) for found in adapters]
     trained = tuple(i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
-    head = model.get_output_embeddings()
+    head, virtual = model.get_output_embeddings(), virtual_tokens_of(model)
     return StepCost(
         config=config,
         settings=settings_of(model),
         matmul=sizes[0],
         adapters=sum(per_layer),
-        before_adapters=_before(layers, adapters, sizes[0]) if any(adapters) else (0.0, 0.0),
+        before_adapters=_before(blocks, adapters, sizes[0]) if any(adapters) else None,
         trained=trained,
         head_trained=any(p.requires_grad for p in head.parameters()),
+        virtual_tokens=virtual.count if virtual else 0,
     )
 
 
@@ -156,7 +167,7 @@ def _products(block: nn.Module, config: Any) -> float | None:
     """Multiplications per token in the block's maps without adapters; None where experts per token are not fixed."""
     total = 0.0
     for name, module in block.named_modules():
-        if "lora_" in name or hasattr(module, "base_layer"):  # a layer with an adapter holds the plain one
+        if _is_adapter(name) or hasattr(module, "base_layer"):  # a layer with an adapter holds the plain one
             continue
         if hasattr(module, "in_features"):  # also layers that keep their weights in fewer bits, in another shape
             total += _size(module)
@@ -172,6 +183,10 @@ def _products(block: nn.Module, config: Any) -> float | None:
     return total
 
 
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "ia3_l" in name
+
+
 def _size(module: Any) -> float:
     return float(module.in_features * module.out_features)
 
@@ -182,6 +197,8 @@ def _adapters(block: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
         if hasattr(module, "lora_A"):
             halves: Any = module
             yield module, [half[key] for key in halves.lora_A for half in (halves.lora_A, halves.lora_B)]
+        elif hasattr(module, "ia3_l"):
+            yield module, []
 
 
 def _before(layers: list[nn.Module], adapters: list[list[tuple[nn.Module, list[Any]]]], matmul: float) -> Any:
@@ -193,7 +210,8 @@ def _before(layers: list[nn.Module], adapters: list[list[tuple[nn.Module, list[A
     products, attentions = lowest * matmul, float(lowest)
     first_halves = {id(module): sum(_size(half) for half in halves[::2]) for module, halves in adapters[lowest]}
     for number, stage in enumerate(_stages(layers[lowest])):
-        products += sum(_size(module) + first_halves.get(id(module), 0.0) for module in stage)
+        reached = [module for module in stage if not getattr(module, "is_feedforward", False)]  # IA3 of its input
+        products += sum(_size(module) + first_halves.get(id(module), 0.0) for module in reached)
         if any(id(module) in first_halves for module in stage):
             break
         attentions += number == 0
@@ -207,7 +225,7 @@ def _stages(block: nn.Module) -> Iterator[list[Any]]:
     maps = [
         module
         for name, module in block.named_modules()
-        if hasattr(module, "in_features") and "base_layer" not in name and "lora_" not in name
+        if hasattr(module, "in_features") and "base_layer" not in name and not _is_adapter(name)
     ]
     for part in ([m for m in maps if m in inside], [m for m in maps if m not in inside]):
         yield part[:-1]  # queries, keys and values; gate and up

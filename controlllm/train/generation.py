@@ -16,6 +16,7 @@ from controlllm.data.shelf import PackedRow
 from controlllm.errors import UserError
 from controlllm.progress import console
 from controlllm.train.passes import Passes
+from controlllm.train.prompt import virtual_tokens_of
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # Kernels of packed rows, that take no mask for padding or compile for every shape.
@@ -119,7 +120,8 @@ class Generation:
                 f"validation.generate.max_new_tokens {self.config.max_new_tokens}: the model has only {positions} "
                 "positions, for question and answer; lower it"
             )
-        return positions - self.config.max_new_tokens
+        virtual = virtual_tokens_of(self.passes.model)
+        return positions - self.config.max_new_tokens - (virtual.count if virtual else 0)
 
 
 def questions_of(rows: Sequence[PackedRow], *, special: set[int], items: int) -> list[Question]:

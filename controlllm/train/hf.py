@@ -8,18 +8,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from controlllm.config import FSDP, DeepSpeed
-from controlllm.control.expand import decoder_layers
-from controlllm.errors import UserError
+from controlllm.config import DeepSpeed
+from controlllm.train.fsdp1 import FSDP1State
 from controlllm.train.native import loss_parts
 from controlllm.train.optim import make_optimizer
 from controlllm.train.precision import autocast
 from controlllm.train.run import Show, Step, TrainingRun
 from controlllm.train.share import seed_place
+from controlllm.train.zero import ZeroState, leave_deepspeed, start_deepspeed
+from controlllm.train.zero_config import zero_config
 
 
 class HFTrainer(TrainingRun):
@@ -34,6 +36,8 @@ class HFTrainer(TrainingRun):
 
     def train(self, *, debug: int | None = None) -> None:
         with ExitStack() as stack:
+            if isinstance(self.config.parallel, DeepSpeed):
+                stack.callback(leave_deepspeed)
             callback = _Callback(self, stack, debug)
             self.trainer.add_callback(callback)
             self.trainer.train()
@@ -57,7 +61,11 @@ class HFTrainer(TrainingRun):
             out = self.parallel(**inputs)
         self.losses.append(loss_parts(out))
         self._phase("backward")
-        return self.scale.scale(out.loss * self.parallel.gradient_factor)
+        loss = out.loss * self.parallel.gradient_factor
+        if isinstance(self.optimizer, ZeroState) and self.scale.enabled:
+            self.optimizer.scale_losses(self.scale.value)
+            return loss
+        return self.scale.scale(loss)
 
     def close_step(self) -> None:
         """Gradients are whole and clipped: take them back where one of them, or a loss, is no number."""
@@ -91,7 +99,9 @@ class _Trainer(Trainer):
         return batches, None  # the counts are in the batches
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        self.optimizer = self.run.optimizer = make_optimizer(self.run.model, self.run.config)
+        if self.optimizer is None:
+            zero = isinstance(self.run.config.parallel, DeepSpeed)  # which keeps its state in buffers of its own
+            self.optimizer = self.run.optimizer = make_optimizer(self.run.model, self.run.config, with_state=not zero)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -102,6 +112,9 @@ class _Trainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
         return self.run.loss(inputs)
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Nothing: all that is trained was sharded, and the older FSDP's shards are plain tensors that differ."""
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # ours are exact, and counted where the batch is made
 
@@ -109,7 +122,11 @@ class _Trainer(Trainer):
         run = self.run
         run._phase("gradients")
         run.scale.unscale(p for p in run.model.parameters() if p.requires_grad)
-        norm = super()._clip_grad_norm(model)
+        sharded = run.parallel.module
+        if isinstance(sharded, FullyShardedDataParallel):
+            norm = sharded.clip_grad_norm_(run.config.optimizer.max_grad_norm)
+        else:
+            norm = super()._clip_grad_norm(model)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         run.norm = float(whole)  # type: ignore[arg-type]
         return whole
@@ -125,7 +142,12 @@ class _Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         run = self.run
-        run.parallel.module = cast(nn.Module, run.trainer.model_wrapped)
+        if not run.parallel.is_sharded:
+            run.parallel.module = cast(nn.Module, run.trainer.model_wrapped)
+        if isinstance(run.config.parallel, DeepSpeed):
+            run.optimizer = ZeroState(run.trainer.model_wrapped)
+        elif isinstance(run.parallel.module, FullyShardedDataParallel):
+            run.optimizer = FSDP1State(run.optimizer)
         run._start()
         self.show = self.stack.enter_context(run._surroundings(self.debug))
         run._before_steps(self.debug)
@@ -151,11 +173,8 @@ def _arguments(run: HFTrainer) -> TrainingArguments:
     config = run.config
     more: dict[str, Any] = {}
     if isinstance(config.parallel, DeepSpeed):
-        from controlllm.train.zero_config import zero_config
-
+        start_deepspeed()
         more["deepspeed"] = zero_config(config, processes=run.world.size)
-    elif isinstance(config.parallel, FSDP) and config.parallel.version == 1:
-        more |= {"fsdp": True, "fsdp_config": _fsdp1(run, config.parallel)}
     return _Arguments(
         output_dir=str(Path(run.folder) / "transformers"),
         max_steps=config.steps or 10**9,  # a run in tokens stops itself
@@ -175,18 +194,3 @@ def _arguments(run: HFTrainer) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **more,
     )
-
-
-def _fsdp1(run: HFTrainer, config: FSDP) -> dict[str, Any]:
-    """accelerate's settings of torch's older FSDP."""
-    if run.world.device.type == "cpu":
-        raise UserError("train.parallel.version 1: torch's older FSDP needs GPUs; use version 2")
-    blocks = decoder_layers(run.model.base_model)
-    return {
-        "version": 1,
-        "transformer_layer_cls_to_wrap": sorted({type(block).__name__ for block in blocks}),
-        "reshard_after_forward": "full_shard" if config.reshard_after_forward else "shard_grad_op",
-        "cpu_offload": config.cpu_offload,
-        "use_orig_params": True,
-        "sync_module_states": False,
-    }

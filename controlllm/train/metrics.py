@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import psutil
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from controlllm.config import MetricsConfig
 from controlllm.control.expand import control_blocks, settings_of
@@ -23,6 +22,7 @@ from controlllm.progress import console
 from controlllm.train.curves import History, RunFacts
 from controlllm.train.distributed import World
 from controlllm.train.trackers import Trackers
+from controlllm.train.trained import whole
 
 FILE = "metrics.jsonl"
 MEANS = ("loss", "cross_entropy", "divergence", "grad_norm")
@@ -181,7 +181,7 @@ def alphas(model: Any) -> dict[str, float]:
     for site, block in zip(settings.paired_sites if settings else [], control_blocks(model), strict=True):
         for name in block.interpolation.alpha_parameters:
             parameter: Any = block.interpolation.get_parameter(name)
-            logits = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()
+            logits = whole(parameter).float()
             # A router has a logit for the frozen block, too.
             weight = torch.sigmoid(logits) if logits.numel() == 1 else torch.softmax(logits, dim=0)[1:]
             found[str(site)] = weight.item()

@@ -16,6 +16,13 @@ def load_model(base: Path, model: ModelConfig, method: Method, *, seed: int = 0)
     What is trained is float32, what is frozen has `model.dtype`. seed: of new random values (LoRA's).
     Raises UserError when method and model do not fit, or the base lacks a tensor or has one too many.
     """
+    if method.quantization:  # as it is read, so that the precise weights are never there together
+        from controlllm.train.weights import empty_model, fill
+
+        quantised = empty_model(base, model, method, seed=seed)
+        fill(quantised, base, device="cpu")
+        return quantised
+
     from transformers import AutoModelForCausalLM
 
     attention.register()
@@ -35,12 +42,12 @@ def load_model(base: Path, model: ModelConfig, method: Method, *, seed: int = 0)
 
 def storage_dtype(model: ModelConfig, method: Method) -> torch.dtype:
     """What the base's weights are read in: where all are trained, no frozen copy needs less than float32."""
-    frozen = method.control or method.lora or method.partial
-    return getattr(torch, model.dtype) if frozen else torch.float32
+    return torch.float32 if method.trains_all else getattr(torch, model.dtype)
 
 
 def prepare(loaded: Any, method: Method, *, seed: int) -> Any:
     """Expand, freeze and widen a plain model in place; its weights may be on the meta device."""
+    assert not method.quantization or next(loaded.parameters()).is_meta, "load_model quantises while it reads"
     loaded.config.use_cache = False  # with a cache, attention leaks across the documents of a packed row
     try:
         _apply_method(loaded, method, seed=seed)
@@ -54,16 +61,17 @@ def prepare(loaded: Any, method: Method, *, seed: int) -> Any:
 
 def _apply_method(loaded: Any, method: Method, *, seed: int) -> None:
     if method.control:
-        from controlllm.control.model import expand_model, number_of_layers
-        from controlllm.control.schedule import mark_scheduled
-        from controlllm.control.settings import ControlSettings
+        from controlllm.train.twins import expand
 
-        settings = ControlSettings.resolve(method.control, num_layers=number_of_layers(loaded))
-        mark_scheduled(expand_model(loaded, settings), method.control)
-    elif method.lora:
+        expand(loaded, method.control, method.lora or method.ia3, seed=seed)
+    elif adapter := method.lora or method.ia3:
         from controlllm.train.adapters import add_adapters
 
-        add_adapters(loaded, method.lora, seed=seed)
+        add_adapters(loaded, adapter, seed=seed)
+    elif method.prompt:
+        from controlllm.train.prompt import add_prompt
+
+        add_prompt(loaded, method.prompt, seed=seed)
     elif method.partial:
         from controlllm.train.partial import train_blocks
 

@@ -9,13 +9,15 @@ from torch import nn
 from controlllm.config import ScheduleConfig, TrainConfig
 from controlllm.control.expand import control_blocks
 from controlllm.train.low_precision import AdamW8bit, AdamWBf16
+from controlllm.train.trained import shape
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig, *, with_state: bool = True) -> torch.optim.Optimizer:
     """AdamW as the settings say, in groups `matrices`, `vectors` and `alphas`, each with its peak rate in `peak`.
 
     The weights must be in place (not on the meta device). The state of every parameter exists from the start, so that
-    a checkpoint always finds the same tensors. UserError when adamw_8bit needs a package that is not installed.
+    a checkpoint always finds the same tensors; with_state: false where another puts its own parameters and state in its
+    place. UserError when adamw_8bit needs a package that is not installed.
     """
     groups = _groups(model, config)
     betas, eps = (config.optimizer.beta1, config.optimizer.beta2), config.optimizer.eps
@@ -24,7 +26,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer.name == "adamw_8bit":
         return AdamW8bit(groups, betas=betas, eps=eps)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if with_state else ():
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | moments
@@ -79,7 +81,7 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
             continue
         if id(parameter) in alphas or name.endswith("relaxation_logit"):
             members["alphas"].append(parameter)
-        elif parameter.ndim < 2 or name.endswith("bias"):  # the biases of experts are one matrix
+        elif len(shape(parameter)) < 2 or name.endswith("bias"):  # the biases of experts are one matrix
             members["vectors"].append(parameter)
         else:
             members["matrices"].append(parameter)

@@ -1,6 +1,7 @@
 """The one place where a model that knows nothing of processes is spread over them.
 
-The order matters and stands here once: kernels, activation checkpointing, compilation, then DDP, FSDP2 or HSDP.
+The order matters and stands here once: kernels, activation checkpointing, compilation, then DDP, FSDP2, HSDP or torch's
+older FSDP.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from controlllm.config import FSDP, TrainConfig
@@ -25,8 +33,9 @@ from controlllm.train.adapters import has_factors
 from controlllm.train.compiling import compile_blocks
 from controlllm.train.distributed import World
 from controlllm.train.flops import StepCost, step_cost
+from controlllm.train.fsdp1 import accumulating, let_go, shard_flat
 from controlllm.train.kernels import use_kernels
-from controlllm.train.precision import cast_model, shard_dtypes, to_float8
+from controlllm.train.precision import autocast_inside, cast_model, shard_dtypes, to_float8
 from controlllm.train.twins import shares_weights
 
 Fill = Callable[[Any], None]
@@ -59,7 +68,7 @@ class Parallel:
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self.module, FSDPModule)
+        return isinstance(self.module, FSDPModule | FullyShardedDataParallel)
 
     def settle(self) -> None:
         """After passes without a backward pass, which would have done it: let go of what was gathered for them.
@@ -69,11 +78,15 @@ class Parallel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        if isinstance(self.module, FullyShardedDataParallel):
+            let_go(self.module)
 
     def synchronised(self, on: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a micro-batch: whether gradients are exchanged at its end."""
         if isinstance(self.module, FSDPModule):
             return _sharded_sync(self.module, on)
+        if isinstance(self.module, FullyShardedDataParallel) and not on:
+            return accumulating(self.module)
         if isinstance(self.module, DistributedDataParallel) and not on:
             return self.module.no_sync()
         return nullcontext()
@@ -86,14 +99,16 @@ def _sharded_sync(module: FSDPModule, on: bool) -> Iterator[None]:
 
 
 def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | None = None) -> Parallel:
-    """Spread `model` over the processes of `world`, in place; all but `fully_shard` is left to transformers' Trainer
-    where that is the trainer: it sets `Parallel.module`.
+    """Spread `model` over the processes of `world`, in place; DDP and DeepSpeed are left to transformers' Trainer where
+    that is the trainer: it sets `Parallel.module`.
 
     fill: reads the weights of a model that is still empty (on the meta device), after it was cut into shards.
     UserError where sizes or settings do not fit the processes.
     """
     cost = step_cost(model)
     _attach_loss(model)
+    if config.parallel.kind == "deepspeed":
+        autocast_inside(model, config, world.device)
     cast_model(model, config)
     to_float8(model, config, world.device)
     use_kernels(model, config.kernels, world.device)
@@ -106,7 +121,9 @@ def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | N
         return Parallel(model, model, world, cost)
     if fill:
         fill(model)
-    if config.parallel.kind == "ddp":
+    if isinstance(config.parallel, FSDP) and world.size > 1:
+        return Parallel(model, shard_flat(model, world, device_mesh(world, config.parallel), config), world, cost)
+    if config.parallel.kind != "deepspeed":
         model.to(world.device)  # who else shards it places it, too
     if world.size == 1 or config.trainer == "transformers":
         return Parallel(model, model, world, cost)
@@ -116,20 +133,18 @@ def parallelize(model: Any, world: World, config: TrainConfig, *, fill: Fill | N
 
 def device_mesh(world: World, config: FSDP) -> DeviceMesh:
     """(shards,) for FSDP, (replicas, shards) for HSDP; the launcher says how many processes there are."""
-    shards = config.shards or world.size // config.replicas
-    if config.replicas * shards != world.size:
-        raise UserError(
-            f"train.parallel: {config.replicas} replicas × {shards or 1} shards need "
-            f"{config.replicas * (shards or 1)} processes, but the launcher started {world.size}"
-        )
+    try:
+        replicas, shards = config.sizes(world.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not torch.distributed.is_initialized():
         raise UserError(
             "train.parallel.kind fsdp shards over the processes of a launcher: start with torchrun "
             "(python -m torch.distributed.run --nproc-per-node N -m controlllm.cli train ...), or use ddp"
         )
-    if config.replicas == 1:
+    if replicas == 1:
         return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (config.replicas, shards), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Any, mesh: DeviceMesh, config: TrainConfig) -> None:

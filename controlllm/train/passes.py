@@ -14,6 +14,7 @@ from controlllm.data.loader import Batch, collate
 from controlllm.data.shelf import PackedRow
 from controlllm.progress import track
 from controlllm.train.distributed import World
+from controlllm.train.trained import piece_of
 
 T = TypeVar("T")
 # A validation that is over sooner needs no bar of its own.
@@ -42,7 +43,7 @@ class Passes:
     @property
     def sharded(self) -> bool:
         """Whether every pass is one of all processes."""
-        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") or piece_of(p) for p in self.model.parameters())
 
     @contextmanager
     def evaluating(self, rounds: int) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """In which number formats a run computes, keeps what it trains, gathers and reduces."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     if dtype is None or config.precision in PURE_BF16:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def autocast_inside(model: Any, config: TrainConfig, device: torch.device) -> None:
+    """Let the model's own call enter `autocast`, which DeepSpeed's engine turns off around it."""
+    plain = model.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with autocast(config, device):
+            return plain(*args, **kwargs)
+
+    model.forward = forward
 
 
 def trained_dtype(config: TrainConfig) -> torch.dtype:

@@ -19,6 +19,7 @@ from controlllm.data.pack import best_fit
 from controlllm.data.shelf import PackedRow
 from controlllm.errors import UserError
 from controlllm.train.passes import Passes, quotient
+from controlllm.train.prompt import virtual_tokens_of, without_virtual_tokens
 
 Item = dict[str, Any]
 
@@ -128,7 +129,11 @@ class Retention:
 
 @contextmanager
 def _as_base(model: Any) -> Iterator[None]:
-    """An expanded model has its base within it, trained or not; any other is the base now."""
+    """A model with twins or virtual tokens has its base within it, trained or not; any other is the base now."""
+    if virtual_tokens_of(model):
+        with without_virtual_tokens(model):
+            yield
+        return
     if not settings_of(model):
         yield
         return

@@ -62,7 +62,8 @@ class TrainingRun:
     `_may_apply`, `_end_step` and `_after_step`. Every process of a run makes one and calls `train`.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
+    """torch's, or one that stands for an engine's: it has `param_groups`, and `Checkpoints` can save it."""
     metrics: Metrics | None = None
     validation: Validation | None = None
     best: Best | None = None
@@ -194,7 +195,7 @@ class TrainingRun:
         if self.best and self.best.config.use == "best":
             self._phase("restore")
             self.checkpoints.wait()
-            self.checkpoints.restore_best(self.model)
+            self.checkpoints.restore_best(self.model, self.optimizer)
 
     def _owes_validation(self) -> bool:
         if self.validation is None or self.validated == self.step:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from controlllm.control.schedule import scheduled_names
 from controlllm.errors import UserError
+from controlllm.train.pieces import Piece
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -19,12 +21,46 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def whole_trained_tensors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """The same, gathered from all processes, in CPU memory of those that `keep` them. Every process calls this."""
-    whole = {}
-    for name, tensor in trained_tensors(model).items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    found = {}
+    for name in trained_tensors(model):
+        full = whole(model.get_parameter(name))
         if keep:
-            whole[name] = full.contiguous().cpu()
-    return whole
+            found[ordinary_name(name)] = full.contiguous().cpu()
+    return found
+
+
+def ordinary_name(name: str) -> str:
+    """Of a parameter, without the wrappers that torch's older FSDP puts around modules."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Gathered from all processes, in the precision in which it is trained. Every process calls this."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from controlllm.train.zero import master
+
+        return master(parameter)
+    if piece := piece_of(parameter):
+        return piece.whole(parameter)
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """Of the whole parameter; ZeRO-3 and torch's older FSDP leave something else in its place."""
+    if piece := piece_of(parameter):
+        return piece.shape
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def numel(parameter: Tensor) -> int:
+    """Of the whole parameter."""
+    return shape(parameter).numel()
+
+
+def piece_of(parameter: Tensor) -> Piece | None:
+    """Of a parameter under torch's older FSDP."""
+    return getattr(parameter, "piece", None)
 
 
 def load_trained(file: Path, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ fill(model, base, device=device)
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from controlllm.config import Method, ModelConfig
+from controlllm.config import Method, ModelConfig, QuantizationConfig
 from controlllm.control.block import ControlBlock
 from controlllm.control.expand import OUTPUT_NAMES, decoder_layers, settings_of
 from controlllm.control.norm import RelaxedNorm
@@ -24,6 +25,7 @@ from controlllm.progress import console
 from controlllm.train import attention
 from controlllm.train.distributed import World
 from controlllm.train.model import prepare, storage_dtype
+from controlllm.train.quantize import frozen_linears, make_room
 from controlllm.train.weight_files import Converted, Stored, find_tensors, opened, read_range, rows_per_piece
 
 
@@ -37,6 +39,10 @@ class Origin:
     """The base's values are rounded to it before they are widened."""
     zero: bool = False
     """Of a stacked copy's output projections."""
+    width: int = 0
+    """Of DoRA's lengths: each is that of so many of the base's values, in a row."""
+    columns: bool = False
+    """In a column instead."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Sources:
     """By name in the base; None where the base has to be loaded whole."""
     whole_because: str
     dtype: torch.dtype
+    quantization: QuantizationConfig | None
+    quantised: dict[str, str]
+    """Name of each layer that is quantised → of its weight in the base; copies of that start from what it becomes."""
 
 
 def empty_model(base: Path, model: ModelConfig, method: Method, *, seed: int = 0) -> Any:
@@ -68,8 +77,14 @@ def empty_model(base: Path, model: ModelConfig, method: Method, *, seed: int = 0
     origins = {id(t): Origin(name, t.dtype) for name, t in reversed(state.items())}
     prepared = prepare(plain, method, seed=seed)
     origins |= dict(_copied(prepared, origins))
+    origins |= dict(_measured(prepared, origins))
     named = prepared.state_dict(keep_vars=True).items()
-    prepared.sources = Sources({n: origins[id(t)] for n, t in named if id(t) in origins}, stored, reason, dtype)
+    quantised = {}
+    if method.quantization:
+        quantised = {name: origins[id(layer.weight)].name for name, layer in frozen_linears(prepared).items()}
+    prepared.sources = Sources(
+        {n: origins[id(t)] for n, t in named if id(t) in origins}, stored, reason, dtype, method.quantization, quantised
+    )
     return prepared
 
 
@@ -80,11 +95,12 @@ def fill(
 
     cpu_offload: shards lie in CPU memory. Beside them, one piece of a tensor is in memory at a time. Where transformers
     converts the base's files while loading, each process loads the base whole first; the main process of `world` says
-    so. UserError where a file is gone or damaged.
+    so. What is quantised is read in full precision, a matrix at a time. UserError where a file is gone or damaged.
     """
     sources: Sources = model.sources
     unknown = [name for name, p in model.named_parameters() if p.is_meta and name not in sources.origins]
     assert not unknown, f"{unknown[0]} has another name than in the empty model"
+    layers = make_room(model, sources.quantised, sources.quantization) if sources.quantization else {}
     with torch.no_grad():
         _materialise(model, torch.device(device), torch.device("cpu" if cpu_offload else device))
         targets = [
@@ -96,12 +112,15 @@ def fill(
             if origin.zero:
                 _local(tensor)[0].zero_()
         copied = [(tensor, origin) for tensor, origin in targets if not origin.zero]
-        if sources.stored is None:
-            if world is None or world.is_main:
-                console.print(f"[yellow]![/] {sources.whole_because}: every process loads the whole base first")
-            _fill_from_whole(copied, base, sources.dtype)
-        else:
-            _fill_from_files(copied, sources.stored)
+        read = _reader(sources, base, world)
+        for tensor, origin in copied:
+            if origin.name not in layers:
+                _copy(tensor, origin, partial(read, origin.name))
+        for name, those in layers.items():
+            value = those[0].take(read(name, ()), device, shared_with=those[1:])
+            for tensor, origin in copied:
+                if origin.name == name:
+                    _copy(tensor, replace(origin, dtype=value.dtype), value.__getitem__)
     del model.sources
 
 
@@ -145,6 +164,15 @@ def _copied(model: Any, origins: dict[int, Origin]) -> Iterator[tuple[int, Origi
                 yield id(tensor), origins[id(frozen[name])]
 
 
+def _measured(model: nn.Module, origins: dict[int, Origin]) -> Iterator[tuple[int, Origin]]:
+    """Origins of DoRA's lengths, by the tensor's id."""
+    for layer in model.modules():
+        for lengths in getattr(layer, "lora_magnitude_vector", {}).values():
+            adapted: Any = layer
+            origin = origins[id(adapted.get_base_layer().weight)]
+            yield id(lengths.weight), replace(origin, width=adapted.in_features, columns=adapted.fan_in_fan_out)
+
+
 def _materialise(model: nn.Module, device: torch.device, shard_device: torch.device) -> None:
     """Memory for what has none, and the rest on the device; tied parameters stay one."""
     for parameter in model.parameters():
@@ -168,19 +196,22 @@ def _local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
-def _fill_from_files(copied: list[tuple[Tensor, Origin]], stored: dict[str, Stored]) -> None:
-    for tensor, origin in copied:
-        place = stored[origin.name]
-        with opened(place.file) as handle:  # anew for each tensor: what was read of a mapped file stays resident
-            _copy(tensor, origin, lambda index, handle=handle, key=place.key: read_range(handle, key, index))
+def _reader(sources: Sources, base: Path, world: World | None) -> Callable[[str, tuple[slice, ...]], Tensor]:
+    """(name in the base, index) → that part of the tensor."""
+    if (stored := sources.stored) is None:
+        if world is None or world.is_main:
+            console.print(f"[yellow]![/] {sources.whole_because}: every process loads the whole base first")
+        from transformers import AutoModelForCausalLM
 
+        dtype = torch.float32 if sources.quantization else sources.dtype
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
+        return lambda name, index: whole[name][index]
 
-def _fill_from_whole(copied: list[tuple[Tensor, Origin]], base: Path, dtype: torch.dtype) -> None:
-    from transformers import AutoModelForCausalLM
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
+        with opened(stored[name].file) as handle:  # anew each time: what was read of a mapped file stays resident
+            return read_range(handle, stored[name].key, index)
 
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
-    for tensor, origin in copied:
-        _copy(tensor, origin, lambda index, name=origin.name: whole[name][index])
+    return read
 
 
 def _copy(tensor: Tensor, origin: Origin, read: Callable[[tuple[slice, ...]], Tensor]) -> None:
@@ -189,9 +220,18 @@ def _copy(tensor: Tensor, origin: Origin, read: Callable[[tuple[slice, ...]], Te
     if not local.ndim:
         local.copy_(read(()).to(origin.dtype))
         return
-    step = rows_per_piece(tuple(local.shape), origin.dtype) if local.numel() else 1
+    step = rows_per_piece((*local.shape, max(origin.width, 1)), origin.dtype) if local.numel() else 1
     for row in range(0, local.shape[0] if local.numel() else 0, step):
         piece = local[row : row + step]
         begin = (offset[0] + row, *offset[1:])
         index = tuple(slice(start, start + size) for start, size in zip(begin, piece.shape, strict=True))
-        piece.copy_(read(index).to(origin.dtype))
+        piece.copy_(_values(origin, index, read))
+
+
+def _values(origin: Origin, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+    if not origin.width:
+        return read(index).to(origin.dtype)
+    from controlllm.train.dora import row_lengths
+
+    weight = read((slice(None), *index)).T if origin.columns else read(index)
+    return row_lengths(weight.to(origin.dtype))

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -13,32 +14,51 @@ from controlllm.train.distributed import World
 from controlllm.train.watchdog import Watchdog
 
 PHASES = ("data", "forward", "save", "validate")
+PATIENT = 3600
+"""Of a watchdog before anything goes wrong: a busy machine is slow to start."""
 
 
 def loop(world, *, wrong, how, phase, seconds, steps=10**6):
     """`wrong`: the rank that goes wrong in step 3."""
-    with Watchdog(world, seconds=seconds) as dog:
+    with Watchdog(world, seconds=PATIENT) as dog:
         for step in range(steps):
             for name in PHASES:
                 dog.phase(name, step)
-                if (world.rank, name, step) == (wrong, phase, 3):
-                    wait_until_told(dog, (step, name))
-                    go_wrong(how)
+                if (name, step) == (phase, 3):
+                    wait_until_all_heard(dog, wrong, step, name, seconds)
+                    if world.rank == wrong:
+                        go_wrong(how)
                 if name in ("forward", "validate"):
                     dist.all_reduce(torch.ones(1))
             time.sleep(0.01)
 
 
-def wait_until_told(dog, place):
-    """This rank has said where it is, and the others had time to hear it."""
-    while own_beat(dog) != place:
-        time.sleep(0.1)
-    time.sleep(2)
+def wait_until_all_heard(dog, wrong, step, phase, seconds):
+    """All ranks come here in this phase; `wrong` goes on when every other knows that it is there, and has gone on.
 
+    However long that takes on a busy machine: only from then on a phase may last no longer than `seconds`.
+    """
+    store, rank, ranks = dist.distributed_c10d._get_default_store(), dog.world.rank, range(dog.world.size)
 
-def own_beat(dog):
-    told = dog._peers and dog._peers.heard.get(dog.world.rank)
-    return told and (told.beat.step, told.beat.phase)
+    def wait_for(condition: Callable[[], bool]):
+        while not condition():
+            dog.phase(phase, step)
+            time.sleep(0.05)
+
+    def has_heard():
+        heard = dog._peers.heard.get(wrong)
+        return heard is not None and (heard.beat.step, heard.beat.phase) == (step, phase)
+
+    wait_for(has_heard)
+    store.set(f"heard/{rank}", "")
+    wait_for(lambda: store.check([f"heard/{other}" for other in ranks]))
+    store.set(f"gone on/{rank}", "")  # from here on it asks the store nothing, which may stop with `wrong`
+    dog.seconds = seconds
+    if rank == wrong:
+        wait_for(lambda: store.check([f"gone on/{other}" for other in ranks]))
+        looks, look = [], dog._peers.next_gone
+        dog._peers.next_gone = lambda wait: looks.append(wait) or look(wait)
+        wait_for(lambda: len(looks) == 2)  # its thread has looked at the new limit, which C code keeps, too
 
 
 def go_wrong(how):

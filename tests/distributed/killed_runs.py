@@ -32,6 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "control": {"control": {"num_expanded": 2, "interpolation": "dlerp"}},
     "hybrid": {"control": {"layout": "hybrid", "num_expanded": 2, "divergence": "cosine"}},
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
+    "dora": {"lora": {"rank": 4, "dora": True}},
+    "ia3": {"ia3": {}},
+    "dora twins": {"control": {"num_expanded": 2, "twin": "lora"}, "lora": {"rank": 4, "dora": True, "dropout": 0.2}},
     "partial": {"partial": {"num_blocks": 2}},
     "full": {},
 }

@@ -1,14 +1,13 @@
 """Several real processes over gloo in one test: `run(function, size, *args)` gives each rank's result."""
 
 import os
-import random
-import socket
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from typing import Any
+
+from ports import free_ports
 
 PRELOADED = [
     "torch",
@@ -19,7 +18,7 @@ PRELOADED = [
 ]
 
 
-def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 300) -> list[Any]:
+def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 600) -> list[Any]:
     """`function(world, *args)` in `size` new processes; RuntimeError with the traceback of the first that failed.
 
     The function must belong to a module; arguments and results must be picklable (tensors travel as files' bytes:
@@ -28,7 +27,7 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 30
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    port = free_port()
+    (port,) = free_ports(1)
     workers = [
         context.Process(target=_work, args=(function, rank, size, port, pipes[rank][1], args), daemon=True)
         for rank in range(size)
@@ -71,7 +70,7 @@ def _work(function: Callable[..., Any], rank: int, size: int, port: int, sender:
     }  # fmt: skip
     try:
         if size > 1:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=300))
         sender.send((True, function(World(rank, size, rank), *args)))
     except BaseException:  # noqa: BLE001 - the parent raises it
         sender.send((False, traceback.format_exc()))
@@ -79,11 +78,3 @@ def _work(function: Callable[..., Any], rank: int, size: int, port: int, sender:
         sender.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """Below those that the kernel gives away by itself, so that nobody takes it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 30_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

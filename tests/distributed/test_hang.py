@@ -10,15 +10,17 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed as dist
+from hanging import PATIENT, wait_until_all_heard
 from killed_runs import inputs_of, pack
-from ranks import PRELOADED, free_port
+from ports import free_ports
+from ranks import PRELOADED
 
 from controlllm.train import checkpoint, fit
 from controlllm.train.distributed import World
 from controlllm.train.watchdog import Watchdog
 
 pytestmark = pytest.mark.distributed
-SECONDS = 10
+SECONDS = 8
 PHASES = ("data", "forward", "save", "validate")
 CASES = [(how, phase) for how in ("sleep", "stop") for phase in PHASES] + [("sleep", "write")]
 WATCHED = {"every": 1, "rows": 2}
@@ -30,29 +32,32 @@ def work(rank, port, inputs, folder, how, phase):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
-    if rank == 1:
-        go_wrong(how, phase)
+    go_wrong(rank, how, phase)
     (folder / "run").mkdir(exist_ok=True)
     fit.fit(inputs, World(rank, 2, rank), folder / "run", "key", {"run": 1})
 
 
-def go_wrong(how, phase):
-    """In this phase of step 3; or in the thread that writes the second checkpoint."""
+def go_wrong(rank, how, phase):
+    """Rank 1, in this phase of step 3; or in the thread that writes its checkpoint."""
     plain = Watchdog.phase
 
     def halt(*_):
-        time.sleep(3)  # the others hear of the phase
         if how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(3600)
 
     def note(self, name, step):
         plain(self, name, step)
-        if (name, step) == (phase, 3):
-            halt()
+        if phase == "write" and step == 3:
+            self.seconds = SECONDS
+        elif (name, step) == (phase, 3):
+            Watchdog.phase = plain
+            wait_until_all_heard(self, 1, step, name, SECONDS)
+            if rank == 1:
+                halt()
 
     Watchdog.phase = note
-    if phase == "write":
+    if phase == "write" and rank == 1:
         checkpoint.write_shard = halt
 
 
@@ -62,20 +67,20 @@ def runs(tiny_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTROLLLM_CACHE", str(tmp_path_factory.mktemp("store")))
         shards = pack(tiny_base)
-    changes = {"guards": {"hang_seconds": SECONDS}, "checkpoint": {"every": 2}, "global_batch_size": 2}
+    changes = {"guards": {"hang_seconds": PATIENT}, "checkpoint": {"every": 2}, "global_batch_size": 2}
     inputs = inputs_of(tiny_base, shards, watched=WATCHED, **changes)
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folders = {case: tmp_path_factory.mktemp("-".join(case)) for case in CASES}
     started = {}
     for case in CASES:
-        port = free_port()
+        (port,) = free_ports(1)
         started[case] = [
             context.Process(target=work, args=(rank, port, inputs, folders[case], *case)) for rank in range(2)
         ]
         for process in started[case]:
             process.start()
-    until = time.monotonic() + 60 + 60  # starting so many takes a while
+    until = time.monotonic() + 600  # starting so many takes a while
     everyone = [process for both in started.values() for process in both]
     for process in everyone:
         process.join(max(until - time.monotonic(), 0.1))

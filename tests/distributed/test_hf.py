@@ -1,11 +1,8 @@
 """transformers' Trainer does what the native trainer does: the same losses, the same checkpoints."""
 
-import json
-from pathlib import Path
-
 import pytest
 from ranks import run
-from tiny_training import METHODS, make
+from tiny_training import curves
 
 from controlllm.train.distributed import World
 
@@ -15,17 +12,6 @@ STEPS = 50
 SHARDED = {"kind": "fsdp"}
 EXACT = ("lr", "tokens", "targets", "step")
 LOSSES = ("loss", "cross_entropy", "divergence")
-
-
-def curves(world, base, folder, wanted):
-    """What each (name, method, changes) writes down, step by step."""
-    found = {}
-    for name, method, changes in wanted:
-        place = Path(folder) / name
-        make(world, Path(base), place, METHODS[method], **changes).train()
-        rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
-        found[name] = [row for row in rows if "loss" in row]
-    return found
 
 
 def cases(trainer, **changes):

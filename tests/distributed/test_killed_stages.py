@@ -45,7 +45,7 @@ def killed_at_random(cache, function, *, rng, check, kills):
         begun, done = context.Event(), context.Event()
         process = context.Process(target=work, args=(begun, done, cache, function))
         process.start()
-        assert begun.wait(60)
+        assert begun.wait(600)
         start = time.monotonic()
         process.join(rng.uniform(0, longest))
         if process.is_alive():

@@ -43,7 +43,7 @@ def save_for_ever(folder, rank, size, meeting, done):
     torch.set_num_threads(1)
     if size > 1:
         store = dist.FileStore(str(meeting), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     store, (model, optimizer) = checkpoints(folder, World(rank, size, rank)), small()
     state = store.restore(model, optimizer)
     number = state["step"] if state else 0

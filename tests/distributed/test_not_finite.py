@@ -11,11 +11,12 @@ from controlllm.control.expand import control_blocks
 from controlllm.errors import UserError
 from controlllm.train.checkpoint_tensors import named_tensors
 from controlllm.train.fit import fit
-from controlllm.train.native import Trainer
+from controlllm.train.run import TrainingRun
 from controlllm.train.staging import local_part
 
 pytestmark = pytest.mark.distributed
 SHARD = {"parallel": {"kind": "fsdp"}}
+SECOND = {"trainer": "transformers"}
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +29,34 @@ def shards(tiny_base, tmp_path_factory):
 def poisoned(world, inputs, folder, what, steps):
     """A run in which rank 1 meets NaN or inf in these steps: which steps changed anything of it, and its error."""
     torch.set_num_threads(1)
-    path, changed, plain = Path(folder), {}, Trainer.train_step
+    path, changed, before, hooks, runs = Path(folder), {}, {}, [], []
+    begin, end = TrainingRun._begin_step, TrainingRun._end_step
 
-    def step(self):
+    def begun(self):
         number = self.step + 1
-        before = contents(self)
-        hook = None
+        before[number] = contents(self)
+        runs.append(self)
         if number in steps and world.rank == 1 and what != "weight":
-            hook = control_blocks(self.model)[0].expanded.register_forward_hook(POISON[what])
-        try:
-            return plain(self)
-        finally:
-            changed[number] = contents(self) != before
-            if hook:
-                hook.remove()
-            if number in steps and what == "weight":
-                local_part(self.trained[-1].data).view(-1)[:1] = torch.nan
+            hooks.append(control_blocks(self.model)[0].expanded.register_forward_hook(POISON[what]))
+        return begin(self)
 
-    Trainer.train_step = step
+    def ended(self, *arguments, **named):
+        number = self.step + 1
+        changed[number] = contents(self) != before[number]
+        while hooks:
+            hooks.pop().remove()
+        if number in steps and what == "weight":
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            local_part(trained[-1].data).view(-1)[:1] = torch.nan
+        return end(self, *arguments, **named)
+
+    TrainingRun._begin_step, TrainingRun._end_step = begun, ended
     path.mkdir(exist_ok=True)
     try:
         fit(inputs, world, path, "key", {"run": 1})
     except UserError as error:
+        for number in before.keys() - changed.keys():  # in which it ended
+            changed[number] = contents(runs[-1]) != before[number]
         return changed, str(error)
     return changed, None
 
@@ -72,7 +79,7 @@ def in_gradient(module, arguments, output):
 POISON = {"loss": in_loss, "gradient": in_gradient}
 
 
-@pytest.mark.parametrize("way", [{}, SHARD], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [{}, SHARD, SECOND, SECOND | SHARD], ids=["ddp", "fsdp", "hf-ddp", "hf-fsdp"])
 @pytest.mark.parametrize("what", POISON)
 def test_no_rank_takes_the_step(tiny_base, shards, tmp_path, capfd, way, what):
     inputs = inputs_of(tiny_base, shards, steps=6, guards={"max_skipped": 1}, **way)
@@ -82,7 +89,7 @@ def test_no_rank_takes_the_step(tiny_base, shards, tmp_path, capfd, way, what):
     assert [row.get("skipped") for row in lines(tmp_path)] == [None, 1, None, 1, None, None]
 
 
-@pytest.mark.parametrize("way", [{}, SHARD], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [{}, SHARD, SECOND, SECOND | SHARD], ids=["ddp", "fsdp", "hf-ddp", "hf-fsdp"])
 @pytest.mark.parametrize("what", POISON)
 def test_too_many_in_a_row_end_the_run(tiny_base, shards, tmp_path, way, what):
     inputs = inputs_of(tiny_base, shards, guards={"max_skipped": 1}, **way)

@@ -25,6 +25,13 @@ WAYS = [
     ("hybrid", {}),
     ("lora", {"parallel": SHARD}),
     ("lora", {}),
+    ("dora", {"parallel": SHARD}),
+    ("ia3", {"parallel": REPLICATE}),
+    ("lora twins", {"parallel": SHARD, "micro_batch_size": 2}),
+    ("dora twins", {"parallel": SHARD, "activation_checkpointing": "selective"}),
+    ("dora twins", {}),
+    ("ia3 twins", {"parallel": SHARD | {"cpu_offload": True}}),
+    ("ia3 twins", {"parallel": REPLICATE}),
     ("partial", {"parallel": SHARD}),
     ("full", {"parallel": SHARD}),
     ("full", {}),
@@ -63,7 +70,7 @@ def same(found, want, way):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="2 replicas × 8 shards need 16 processes, but the launcher started 24"):
+    with pytest.raises(UserError, match="2 replicas × 8 shards need 16 processes, but there are 24"):
         device_mesh(World(0, 24), FSDP(replicas=2, shards=8))
     with pytest.raises(UserError, match="start with torchrun"):
         device_mesh(World(), FSDP())

@@ -62,8 +62,12 @@ def shards(tiny_base, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kills", "changes"),
-    [(BEFORE_AND_IN_STEPS, {}), (IN_SAVES, {"checkpoint": {"every": 2, "keep": 1, "asynchronous": False}})],
-    ids=["steps", "saves"],
+    [
+        (BEFORE_AND_IN_STEPS, {}),
+        (IN_SAVES, {"checkpoint": {"every": 2, "keep": 1, "asynchronous": False}}),
+        (BEFORE_AND_IN_STEPS[::2], {"trainer": "transformers"}),
+    ],
+    ids=["steps", "saves", "transformers"],
 )
 def test_killed_everywhere(tiny_base, shards, tmp_path, kills, changes):
     inputs = inputs_of(tiny_base, shards, watched=WATCHED, **changes)
@@ -72,7 +76,14 @@ def test_killed_everywhere(tiny_base, shards, tmp_path, kills, changes):
 
 
 KILLS = [Kill("backward", 4, call=2), Kill("save", 7)]
-WAYS = {"alone": (1, {}), "ddp": (2, {}), "fsdp": (2, {"parallel": {"kind": "fsdp"}})}
+SECOND = {"trainer": "transformers"}
+WAYS = {
+    "alone": (1, {}),
+    "ddp": (2, {}),
+    "fsdp": (2, {"parallel": {"kind": "fsdp"}}),
+    "transformers-ddp": (2, SECOND),
+    "transformers-fsdp": (2, SECOND | {"parallel": {"kind": "fsdp"}}),
+}
 PRECISIONS = ("float32", "bf16", "bf16_stochastic", "bf16_kahan", "fp16")
 
 
@@ -92,6 +103,10 @@ def resumes(base, shards, folder, *, size=1, kills=KILLS, **settings):
         ("full", "bf16_kahan", "alone"),
         ("control", "bf16", "ddp"),
         ("control", "float32", "fsdp"),
+        ("ia3", "bf16", "alone"),
+        ("dora twins", "bf16", "fsdp"),
+        ("control", "float32", "transformers-ddp"),
+        ("lora", "fp16", "transformers-fsdp"),
     ],
 )
 def test_every_way_of_training_goes_on(tiny_base, shards, tmp_path, method, precision, way):

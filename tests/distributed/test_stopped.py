@@ -1,7 +1,6 @@
 """`controlllm train` that is stopped by a signal, or killed: the same command goes on, and the result is the same."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,30 +8,30 @@ from pathlib import Path
 
 import psutil
 import pytest
+import stopping_run
 from killed_runs import lines, same_to_the_bit, trained
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("store")]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SLOW = ["train.steps=60", "train.checkpoint.every=5", "validation.every=20"]
-"""Long enough to be met on the way."""
+SHORT = ["train.steps=16", "train.checkpoint.every=5", "validation.every=8"]
+LONG = ["train.steps=60", "train.checkpoint.every=5", "validation.every=20"]
+"""Enough to be met on the way."""
+COMMAND = ["-m", "controlllm.cli"]
+STOPPING = stopping_run.__file__
 
 
-def command(recipe, *, processes=1):
-    launcher = TWO if processes == 2 else []
-    return [sys.executable, *launcher, "-m", "controlllm.cli", "train", str(recipe), *SLOW]
-
-
-def start(recipe, *, processes=1):
+def start(recipe, changes, *, processes=1, program=COMMAND):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = TWO if processes == 2 else []
     return subprocess.Popen(
-        command(recipe, processes=processes), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment, start_new_session=True,
+        [sys.executable, *launcher, *program, "train", str(recipe), *changes], stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
-def finish(recipe, *, processes=1):
-    process = start(recipe, processes=processes)
-    said = process.communicate(timeout=300)[1]
+def finish(recipe, changes, *, processes=1):
+    process = start(recipe, changes, processes=processes)
+    said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said[-3000:]
     return said
 
@@ -46,7 +45,7 @@ def kill(process):
 
 def running(store: Path) -> Path:
     """The folder of a run that is not over, once it has made a few steps."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while time.monotonic() < until:
         for folder in (store / "train").glob(".*.partial"):
             if len(lines(folder)) > 10:
@@ -66,51 +65,45 @@ def uninterrupted(recipe, tmp_path, monkeypatch):
     def make(processes):
         with monkeypatch.context() as patch:
             patch.setenv("CONTROLLLM_CACHE", str(tmp_path / "other"))
-            finish(recipe, processes=processes)
+            finish(recipe, LONG, processes=processes)
         return result(tmp_path / "other")
 
     return make
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops(recipe, store, name, code):
-    process = start(recipe)
-    running(store)
-    process.send_signal(signal.Signals[name])
-    said = process.communicate(timeout=30)[1]
+def test_a_signal_saves_and_stops(recipe, name, code):
+    process = start(recipe, SHORT, program=[STOPPING, name, "self"])
+    said = process.communicate(timeout=600)[1]
     assert process.returncode == code
     assert "Traceback" not in said
     stopped = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(stopped) == 1
-    assert f"stopped by {name} after step" in stopped[0]
-    step = stopped[0].split("after step ")[1].split(",")[0]
-    assert f"going on after step {step}" in finish(recipe)
+    assert f"stopped by {name} after step {stopping_run.STEP}," in stopped[0]
+    assert f"going on after step {stopping_run.STEP}" in finish(recipe, SHORT)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
-def test_a_signal_to_the_launcher_saves_and_stops(recipe, store, name):
-    process = start(recipe, processes=2)
-    running(store)
-    process.send_signal(signal.Signals[name])
-    said = process.communicate(timeout=40)[1]
+def test_a_signal_to_the_launcher_saves_and_stops(recipe, name):
+    process = start(recipe, SHORT, processes=2, program=[STOPPING, name, "launcher"])
+    said = process.communicate(timeout=600)[1]
     assert process.returncode != 0
     stopped = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(stopped) == 1, said
-    assert f"stopped by {name} after step" in stopped[0]
-    step = stopped[0].split("after step ")[1].split(",")[0]
-    assert f"going on after step {step}" in finish(recipe, processes=2)
+    assert f"stopped by {name} after step {stopping_run.STEP}," in stopped[0]
+    assert f"going on after step {stopping_run.STEP}" in finish(recipe, SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_started_again(recipe, store, uninterrupted, processes):
     for _ in range(2):
-        process = start(recipe, processes=processes)
+        process = start(recipe, LONG, processes=processes)
         running(store)
         kill(process)
-    said = finish(recipe, processes=processes)
+    said = finish(recipe, LONG, processes=processes)
     assert "going on after step" in said
     whole = uninterrupted(processes)
     same_to_the_bit(trained(result(store)), trained(whole))
     assert lines(result(store)) == lines(whole)
-    assert "cached" in finish(recipe, processes=processes), "a finished run trains no step"
+    assert "cached" in finish(recipe, LONG, processes=processes), "a finished run trains no step"

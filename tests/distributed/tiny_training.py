@@ -1,5 +1,6 @@
 """A tiny run of the native trainer, whole in one process or shared by several: what the tests here compare."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "control": CONTROL,
     "hybrid": {"control": {"layout": "hybrid", "num_expanded": 2, "divergence": "cosine"}},
     "lora": {"lora": {"rank": 4}},
+    "dora": {"lora": {"rank": 4, "dora": True, "rslora": True}},
+    "ia3": {"ia3": {}},
+    "lora twins": {"control": {"num_expanded": 2, "twin": "lora"}, "lora": {"rank": 4}},
+    "dora twins": {
+        "control": {"num_expanded": 2, "twin": "lora", "norm_relaxation": "learned"},
+        "lora": {"rank": 4, "dora": True},
+    },
+    "ia3 twins": {"control": {"num_expanded": 2, "twin": "ia3", "interpolation": "dlerp"}, "ia3": {}},
+    "prompt": {"prompt": {"num_virtual_tokens": 4}},
+    "prefix": {"prompt": {"kind": "prefix", "num_virtual_tokens": 4}},
+    "qlora": {"lora": {"rank": 4}, "quantization": {"kind": "nf4"}},
+    "q-control": {**CONTROL, "quantization": {"kind": "nf4"}},
     "partial": {"partial": {"num_blocks": 2}},
     "full": {},
 }
@@ -91,6 +104,19 @@ def facts(trainer: Trainer, steps: int) -> dict[str, Any]:
         "counts": [(r.tokens, r.targets) for r in records],
         "gradients": gradients,
     }
+
+
+def curves(
+    world: World, base: str, folder: str, wanted: list[tuple[str, str, dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What each (name, method, changes) writes down, step by step, when it is trained to its end."""
+    found = {}
+    for name, method, changes in wanted:
+        place = Path(folder) / name
+        make(world, Path(base), place, METHODS[method], **changes).train()
+        rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+        found[name] = [row for row in rows if "loss" in row]
+    return found
 
 
 def cases(world: World, base: str, folder: str, wanted: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

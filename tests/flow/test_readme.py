@@ -19,6 +19,12 @@ MAKE = [command for command in COMMANDS if "make" in command]
 TUNED = [command for command in COMMANDS if "runs/demo" in command]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the light commands find what those before them made."""
+    return tmp_path_factory.mktemp("readme")
+
+
 def run(command, tmp_path, **environment):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {"PATH": path, "CONTROLLLM_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
@@ -33,8 +39,8 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_light_commands(command, tmp_path):
-    done = run(command, tmp_path)
+def test_light_commands(command, folder):
+    done = run(command, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout or done.stderr
 

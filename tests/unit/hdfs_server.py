@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
+from filelock import FileLock
+from ports import free_ports
 
 PYSPARK = "pyspark==2.4.8"
 JARS = """
@@ -76,15 +77,15 @@ def _jars() -> Path:
         raise CannotHave("there is no java")
     cache = Path(os.environ.get("CONTROLLLM_TEST_CACHE") or Path.home() / ".cache" / "controlllm-tests")
     jars = cache / "hadoop-2.7.3"
-    if jars.is_dir():
-        return jars
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder, "jars")
-        made.mkdir()
-        _fetch_pyspark(Path(folder), made)
-        _fetch_debs(Path(folder), made)
-        made.rename(jars)
+    with FileLock(cache / "lock"):  # two runs of the tests may share the cache
+        if not jars.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder, "jars")
+                made.mkdir()
+                _fetch_pyspark(Path(folder), made)
+                _fetch_debs(Path(folder), made)
+                made.rename(jars)
     return jars
 
 
@@ -126,7 +127,7 @@ def _fetch_debs(folder: Path, jars: Path) -> None:
 
 
 def _configure(home: Path) -> Hdfs:
-    rpc, web, *data = _free_ports(5)
+    rpc, web, *data = free_ports(5)
     for place in ("webapps/hdfs/WEB-INF", "webapps/datanode/WEB-INF"):
         (home / place).mkdir(parents=True)
         (home / place / "web.xml").write_text("<web-app/>")
@@ -145,14 +146,6 @@ def _configure(home: Path) -> Hdfs:
     _write_site(home / "core-site.xml", core)
     _write_site(home / "hdfs-site.xml", hdfs)
     return Hdfs(rpc=f"hdfs://127.0.0.1:{rpc}", web=f"webhdfs://127.0.0.1:{web}")
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _write_site(file: Path, settings: dict[str, str]) -> None:

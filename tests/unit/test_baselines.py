@@ -4,37 +4,15 @@ import json
 
 import pytest
 import torch
+from delivering import deliver, loaded, perturbed, trained
 from families import FAMILIES, IDS, tiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from controlllm.config import LoRAConfig, Method, ModelConfig, PartialConfig
-from controlllm.consolidate import consolidate
+from controlllm.config import LoRAConfig, PartialConfig
 from controlllm.control.blocks import choose_blocks
 from controlllm.errors import UserError
-from controlllm.store import run_stage
 from controlllm.train.adapters import adapted_layers, add_adapters, merge_adapters
-from controlllm.train.model import load_model
-from controlllm.train.trained import trained_tensors
-
-
-def loaded(base, dtype="float32", seed=0, attention="sdpa", **method):
-    model = ModelConfig(name="base", dtype=dtype, attention=attention)
-    return load_model(base, model, Method.model_validate(method), seed=seed)
-
-
-def perturbed(model):
-    """As if it had been trained."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def trained(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,19 +106,7 @@ SMALL = {"lora": {"rank": 4}, "partial": {"num_blocks": 2}, "control": {"num_exp
 @pytest.fixture
 def delivered(tiny_base, tmp_path, store):
     """`delivered(**method)`: the consolidated folder, and the trained model that it was made of."""
-
-    def make(**method):
-        model = perturbed(loaded(tiny_base, **method))
-
-        def build(folder):
-            save_file({k: v.contiguous() for k, v in trained_tensors(model).items()}, folder / "trained.safetensors")
-
-        shards = tmp_path / "shards"
-        shards.mkdir()
-        run = run_stage("train", config=method, parents={"ingest model": tiny_base, "prepare": shards}, build=build)
-        return consolidate(tiny_base, run.path, Method.model_validate(method)).path, model
-
-    return make
+    return lambda **method: deliver(tiny_base, tmp_path, **method)
 
 
 @torch.no_grad()

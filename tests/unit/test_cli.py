@@ -267,7 +267,7 @@ def test_ctrl_c(here: Path) -> None:
     with subprocess.Popen(command, env=_env(), text=True, stderr=subprocess.PIPE) as process:
         pipe = os.open("pipe.yaml", os.O_WRONLY)  # returns when the other side reads
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=300)
         os.close(pipe)
     assert process.returncode == 130
     assert said == "error: stopped; the same command goes on from the newest checkpoint\n"

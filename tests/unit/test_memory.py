@@ -29,10 +29,18 @@ SMALL = Shape(4, 2048, Path("small"), 0, Decoder(128, 352, 4, 2, 32, 128, tied=F
 GB = 10**9
 
 
+TWINS = {"num_expanded": 2}
+SECTIONS = {
+    "control": {"control": TWINS}, "partial": {"partial": {"num_blocks": 2}}, "full": {},
+    "lora": {"lora": {"rank": 8}}, "dora": {"lora": {"rank": 8, "dora": True}}, "ia3": {"ia3": {}},
+    "twins with lora": {"control": TWINS | {"twin": "lora"}, "lora": {"rank": 8}},
+    "twins with dora": {"control": TWINS | {"twin": "lora"}, "lora": {"rank": 8, "dora": True}},
+    "twins with ia3": {"control": TWINS | {"twin": "ia3"}, "ia3": {}},
+}  # fmt: skip
+
+
 def run(method="control", *, dtype=None, context=8192, attention="packed", **train) -> RunConfig:
-    sections = {"control": {"num_expanded": 2}, "partial": {"num_blocks": 2}, "lora": {"rank": 8}, "full": None}
     narrowest = "float32" if train.get("precision") == "float32" else "bfloat16"
-    section = {} if method == "full" else {method: sections[method]}
     return RunConfig.model_validate(
         {
             "name": "run",
@@ -40,7 +48,7 @@ def run(method="control", *, dtype=None, context=8192, attention="packed", **tra
             "mix": {"datasets": [{"name": "puzzles"}]},
             "pack": {"context_length": context},
             "train": {"global_batch_size": 8} | train,
-            **section,
+            **SECTIONS[method],
         }
     )
 
@@ -99,7 +107,7 @@ def test_a_setting_that_saves_memory_saves_memory(change, method):
 
 
 @given(
-    method=st.sampled_from(["control", "partial", "lora", "full"]),
+    method=st.sampled_from(sorted(SECTIONS)),
     mode=st.sampled_from(["none", "selective", "full"]),
     precision=st.sampled_from(["bf16", "float32", "fp16", "bf16_kahan"]),
     parallel=st.sampled_from([{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "fsdp", "frozen": "replicate"}]),
@@ -133,7 +141,7 @@ def test_more_twins_and_lower_ones_need_more():
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("numbers", [("float32", "float32"), ("bfloat16", "bf16")], ids=str)
-@pytest.mark.parametrize("method", ["control", "partial", "lora", "full"])
+@pytest.mark.parametrize("method", SECTIONS)
 def test_what_a_forward_pass_keeps(method, numbers, mode):
     """Measured: every tensor that autograd keeps of a small model, without its weights and without the loss."""
     (dtype, precision), tokens = numbers, 256
@@ -147,16 +155,28 @@ def test_what_a_forward_pass_keeps(method, numbers, mode):
     assert measured(config, tokens) == pytest.approx(expected, rel=0.08)
 
 
-def measured(config, tokens) -> int:
+def small_model(config):
     d = SMALL.decoder
     sizes = LlamaConfig(
         hidden_size=d.hidden, intermediate_size=d.intermediate, num_hidden_layers=SMALL.layers, vocab_size=d.vocabulary,
         num_attention_heads=d.heads, num_key_value_heads=d.kv_heads, attn_implementation="packed",
     )  # fmt: skip
     attention.register()
-    method = config.method
-    model = LlamaForCausalLM(sizes).to(storage_dtype(config.model, method))
-    model = prepare(model, method, seed=0)
+    return prepare(LlamaForCausalLM(sizes).to(storage_dtype(config.model, config.method)), config.method, seed=0)
+
+
+@pytest.mark.parametrize("method", SECTIONS)
+def test_numbers_are_those_of_the_model(method):
+    config = run(method)
+    step, model = Step(SMALL, config, processes=1, device="cpu"), small_model(config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    alphas = sum(parameter.numel() for name, parameter in model.named_parameters() if "interpolation" in name)
+    assert step.trained == trained - alphas
+    assert step.trained + step.frozen == sum(parameter.numel() for parameter in model.parameters()) - alphas
+
+
+def measured(config, tokens) -> int:
+    d, method, model = SMALL.decoder, config.method, small_model(config)
     checkpoint_activations(model, config.train.activation_checkpointing)
     ids = torch.randint(0, d.vocabulary, (1, tokens))
     batch = {"position_ids": torch.arange(tokens)[None], "cu_seq_lens_q": torch.tensor([0, tokens], dtype=torch.int32)}
@@ -216,7 +236,7 @@ def test_unknown_blocks_are_not_guessed():
 
 
 def test_shards_must_fit_the_processes():
-    with pytest.raises(UserError, match="3 replicas × 2 shards need 6 processes, but the prediction is for 8"):
+    with pytest.raises(UserError, match="3 replicas × 2 shards need 6 processes, but there are 8"):
         predict(LLAMA_8B, run(parallel={"kind": "fsdp", "replicas": 3}), processes=8)
 
 

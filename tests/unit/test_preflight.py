@@ -61,8 +61,6 @@ def _complaint(config: RunConfig) -> str:
 
 
 UNBUILT = {
-    "train.trainer": {"train__trainer": "transformers"},
-    "quantization": {"quantization": {}, "control": {}},
     "benchmark.backend": {"benchmark__backend": "vllm"},
 }
 
@@ -79,9 +77,8 @@ def test_unbuilt_settings_are_refused(key: str, model: Path) -> None:
 
 
 def test_unbuilt_value_is_named(model: Path) -> None:
-    assert _complaint(_config(train__trainer="transformers")) == (
-        "train.trainer: 'transformers' is not in this version yet; use 'native'"
-    )
+    said = _complaint(_config(benchmark__backend="vllm"))
+    assert said == "benchmark.backend: 'vllm' is not in this version yet; use 'hf'"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_eight_processes_make_every_shard_once(job, reference, tmp_path):
     builders = [PROCESSES.Process(target=_together, args=args) for _ in range(8)]
     for builder in builders:
         builder.start()
-    made = [told.get(timeout=100) for _ in builders]
+    made = [told.get(timeout=600) for _ in builders]
     for builder in builders:
         builder.join()
     assert all(units == reference for units in made)
