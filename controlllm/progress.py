@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -23,6 +24,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # By the names that DeepSpeed and torch's older FSDP call collectives.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # Whoever trains on a CPU knows, and our own line says so; accelerate imports DeepSpeed wherever it is installed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 
 
 TALKATIVE = (

@@ -58,7 +58,7 @@ def blended(
 
 
 def _is_in_parts(interpolation: Interpolation) -> bool:
-    """Whether ZeRO-3 gathers its parameters: only for the module's own calls, and not for autograd steps around them."""
+    """Whether ZeRO-3 gathers its parameters: for a module's own calls, and not for autograd steps around it."""
     return any(hasattr(parameter, "ds_id") for parameter in interpolation.parameters())
 
 

@@ -2,9 +2,7 @@
 read; the newest that is whole is the one that counts, whatever number of processes and sharding it goes on with.
 """
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +16,7 @@ from controlllm.config import CheckpointConfig
 from controlllm.data.location import is_remote
 from controlllm.errors import UserError
 from controlllm.progress import console
-from controlllm.train.checkpoint_files import Damaged, LocalStore, Manifest, step_name, verify
+from controlllm.train.checkpoint_files import Damaged, LocalStore, Manifest, step_name, told, verify
 from controlllm.train.checkpoint_remote import RemoteStore
 from controlllm.train.checkpoint_tensors import (
     Offsets,
@@ -138,7 +136,7 @@ class Checkpoints:
             manifest = replace(facts, files={name: [*file] for part in written for name, file in part.items()})
             self._together.do(lambda: self._publish(manifest) if self.world.is_main else None)
         except Exception as error:  # noqa: BLE001 - `wait` raises it
-            self._error = _told(error, f"{self._store}/{step_name(facts.step)}")
+            self._error = told(error, f"{self._store}/{step_name(facts.step)}")
             if self.world.is_main:
                 with suppress(OSError, UserError):  # the error before says it; the next save clears what is left
                     self._store.abandon(facts.step)
@@ -243,14 +241,3 @@ def _store(folder: str, scratch: Path | None, world: World) -> LocalStore | Remo
         return LocalStore(Path(folder.removeprefix("file://")).expanduser())
     assert scratch is not None, f"{folder} needs a scratch folder on this machine"
     return RemoteStore(folder, scratch=scratch, node=world.rank - world.local_rank)
-
-
-def _told(error: Exception, where: str) -> Exception:
-    """What to say of a checkpoint that could not be written; the error itself where it is not the disk's."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        why = f"no room for a checkpoint ({os.strerror(error.errno)})"
-        return UserError(f"{where}: {why}; free some, or choose another train.checkpoint.folder, and run it again")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        why = f"cannot be written ({os.strerror(error.errno)})"
-        return UserError(f"{where}: {why}; choose another train.checkpoint.folder")
-    return error

@@ -4,6 +4,7 @@ A folder of the disk: written under another name, synced, renamed. Nothing under
 and what became of it later is found out before it is read.
 """
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from controlllm.errors import UserError
 from controlllm.fingerprint import content_of, hash_file, sync
 from controlllm.train.distributed import World
 
@@ -190,3 +192,14 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def told(error: Exception, where: str) -> Exception:
+    """What to say of a checkpoint that could not be written; the error itself where it is not the disk's."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        why = f"no room for a checkpoint ({os.strerror(error.errno)})"
+        return UserError(f"{where}: {why}; free some, or choose another train.checkpoint.folder, and run it again")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        why = f"cannot be written ({os.strerror(error.errno)})"
+        return UserError(f"{where}: {why}; choose another train.checkpoint.folder")
+    return error

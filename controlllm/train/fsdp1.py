@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp._common_utils import TrainingState
 from torch.distributed.fsdp._runtime_utils import _reshard  # its own hooks' function: there is no public one
 from torch.distributed.tensor import DTensor
 
@@ -62,7 +63,7 @@ def shard_flat(model: Any, world: World, mesh: DeviceMesh, config: TrainConfig) 
     module = shard(model, root=True)
     assert isinstance(module, FullyShardedDataParallel)
     _mark({p: shape for p, shape in shapes.items() if p not in replicated}, mesh, device)
-    _let_generate(model, module)
+    _call_whole(model, module)
     return module
 
 
@@ -188,16 +189,18 @@ def _mark(shapes: dict[Any, torch.Size], mesh: DeviceMesh, device: torch.device)
         parameter.piece = Piece(shape, sizes, group, device)
 
 
-def _let_generate(model: Any, module: FullyShardedDataParallel) -> None:
-    """Generation calls the model itself, and not what gathers the parameters that belong to no block."""
-    plain = model.generate
+def _call_whole(model: Any, module: FullyShardedDataParallel) -> None:
+    """Let the model itself be called, as generation does, and not what gathers the parameters outside its blocks."""
+    plain = model.forward
 
     @wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if module.training_state is not TrainingState.IDLE:
+            return plain(*args, **kwargs)
         with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=False):
             return plain(*args, **kwargs)
 
-    model.generate = generate
+    model.forward = forward
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:

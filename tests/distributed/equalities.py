@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -81,7 +82,7 @@ def refusal(recipe: Path, cell: Cell) -> str | None:
         config = load_config(recipe, *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
         check(config, serving=False)
     except UserError as error:
-        return str(error).removeprefix(f"{recipe}").lstrip(":0123456789 ")
+        return re.sub(r"^(override '.*?'|.*?\.yaml(:\d+)*): ", "", str(error))
     return None
 
 

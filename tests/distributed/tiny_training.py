@@ -50,7 +50,11 @@ class Rows:
         for _ in range(count):
             lengths = rng.integers(3, 20, size=3)
             ids = rng.integers(2, 258, size=lengths.sum())
-            self.rows.append({"input_ids": ids, "target": rng.random(len(ids)) < 0.6, "lengths": lengths})
+            row = {"input_ids": ids, "target": rng.random(len(ids)) < 0.6, "lengths": lengths}
+            self.rows.append({"rows": np.array([len(self.rows) + 1])} | row)
+
+    def facts(self, unit: int) -> Any:
+        return {"unit": {"uri": f"{self.name}.jsonl", "start": 0, "format": "jsonl"}}
 
     def rows_of(self, unit: int, kind: str = "train") -> int:
         return len(self.rows)

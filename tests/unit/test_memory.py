@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,6 +115,7 @@ def test_a_setting_that_saves_memory_saves_memory(change, method):
     context=st.integers(16, 4096),
 )
 def test_sums_and_growth(method, mode, precision, parallel, processes, context):
+    assume(precision != "bf16_kahan" or not ("dora" in method or "ia3" in method))  # which config refuses
     settings = {"activation_checkpointing": mode, "precision": precision, "parallel": parallel}
     config = run(method, context=context, **settings)
     found = predict(SMALL, config, processes=processes)
