@@ -62,6 +62,11 @@ def report(
 
 def method(config: RunConfig) -> str:
     """What was done to the base, in a few words."""
+    bits = f", frozen weights in {config.quantization.kind}" if config.quantization else ""
+    return _trained(config) + bits
+
+
+def _trained(config: RunConfig) -> str:
     control = config.control
     adapters = config.method.adapters
     if adapters and not control:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from controlllm.adapter_memory import gathered_whole
 from controlllm.block_memory import Block, Numbers, Sizes, blocks
-from controlllm.config import FSDP, RunConfig
+from controlllm.config import DDP, FSDP, DeepSpeed, RunConfig
 from controlllm.errors import UserError
 from controlllm.model_shape import Shape
 from controlllm.prompt_memory import row_tokens, virtual_numbers
@@ -39,6 +39,13 @@ class Parts:
         return sum(self.bytes.values())
 
 
+def _sharding(parallel: DDP | FSDP | DeepSpeed) -> FSDP | None:
+    """ZeRO-3 cuts as FSDP does; ZeRO-1 and 2 cut the optimizer's state only, gradients being there whole in between."""
+    if isinstance(parallel, DeepSpeed):
+        return FSDP(cpu_offload=parallel.cpu_offload) if parallel.zero_stage == 3 else None
+    return parallel if isinstance(parallel, FSDP) else None
+
+
 class Step:
     """One optimizer step of one process."""
 
@@ -50,7 +57,8 @@ class Step:
             )
         train = config.train
         self.decoder, self.config, self.device = decoder, config, device
-        self.fsdp = train.parallel if isinstance(train.parallel, FSDP) else None
+        self.zero = processes if isinstance(train.parallel, DeepSpeed) else 0
+        self.fsdp = _sharding(train.parallel)
         self.shards = self._shards(processes)
         self.ddp = self.fsdp is None and processes > 1
         self.accumulates = ceil(train.global_batch_size / processes) > train.micro_batch_size
@@ -132,13 +140,18 @@ class Step:
         return {
             "frozen weights": 0 if offloaded and not self._replicated else self._frozen_bytes,
             "trained weights": 0 if offloaded else self._trained_bytes,
-            "optimizer state": 0 if offloaded else self._optimizer_bytes,
+            "optimizer state": 0 if self._state_offloaded else self._optimizer_bytes,
             "context": CONTEXT[self.device],
         }
 
     @property
     def _offloaded(self) -> bool:
         return bool(self.fsdp and self.fsdp.cpu_offload and self.device != "cpu")
+
+    @property
+    def _state_offloaded(self) -> bool:
+        parallel = self.config.train.parallel
+        return self.device != "cpu" and not isinstance(parallel, DDP) and parallel.cpu_offload
 
     @property
     def _replicated(self) -> bool:
@@ -158,6 +171,8 @@ class Step:
         train, hidden = self.config.train, self.decoder.hidden
         if train.optimizer.name == "adamw_8bit":  # rows are filled up to blocks of 256, each with a float32 scale
             return int(self.trained * 2 * (1 + 4 / 256) * ceil(hidden / 256) * 256 / hidden) // self.shards
+        if self.zero:
+            return self.trained * 12 // self.zero  # float32 masters, too
         each = {"bf16_stochastic": 4, "bf16_kahan": 6}.get(train.precision, 8)
         return self.trained * each // self.shards
 
@@ -239,12 +254,16 @@ class Step:
         libraries = {"libraries": LIBRARIES[self.device]}
         weights, trained = self._frozen_bytes + self._trained_bytes, self._trained_bytes
         block = self.decoder.block * self.numbers.trained
-        if self.fsdp:  # each process reads its own share, a block at a time, into the place where it stays
+        if self.zero or (self.fsdp and self.fsdp.version == 1):  # each process reads all before it is cut
+            loading = {"weights": self.frozen * self.numbers.frozen + self.trained * self.numbers.trained}
+        elif self.fsdp:  # each process reads its own share, a block at a time, into the place where it stays
             loading = {"reading one block": block} | ({"weights": weights} if self._offloaded else {})
         else:
             loading = {"reading one block": block} if self.device == "cpu" else {"weights": weights}
         yield Parts(libraries | loading, "reading the weights")
         staged = {"checkpoint staging": trained + self._optimizer_bytes}
+        if self._state_offloaded and not self._offloaded:
+            staged |= {"gradients": trained // self.zero, "optimizer state": self._optimizer_bytes}
         if self._offloaded:
             own = self._frozen_bytes * (not self._replicated) + trained
             staged |= {"weights": own, "gradients": trained, "optimizer state": self._optimizer_bytes}

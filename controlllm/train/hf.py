@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -176,7 +175,7 @@ def _arguments(run: HFTrainer) -> TrainingArguments:
         start_deepspeed()
         more["deepspeed"] = zero_config(config, processes=run.world.size)
     return _Arguments(
-        output_dir=str(Path(run.folder) / "transformers"),
+        output_dir=str(run.folder),
         max_steps=config.steps or 10**9,  # a run in tokens stops itself
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=run.share.rounds,

@@ -66,7 +66,7 @@ def test_after_every_kill_the_newest_is_whole_and_at_most_one_is_lost(tmp_path, 
         ]
         for worker in workers:
             worker.start()
-        while min(done) < 0 and all(worker.is_alive() for worker in workers):
+        while min(done) < 1 and all(worker.is_alive() for worker in workers):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.04))
         for worker in rng.sample(workers, len(workers)):

@@ -93,6 +93,15 @@ LESS = {
     "resharded": ({"parallel": {"kind": "fsdp", "reshard_after_forward": False}}, {"parallel": {"kind": "fsdp"}}),
     "more shards": ({"parallel": {"kind": "fsdp", "replicas": 4}}, {"parallel": {"kind": "fsdp", "replicas": 2}}),
     "offloaded": ({"parallel": {"kind": "fsdp"}}, {"parallel": {"kind": "fsdp", "cpu_offload": True}}),
+    "ZeRO-1": ({}, {"trainer": "transformers", "parallel": {"kind": "deepspeed", "zero_stage": 1}}),
+    "ZeRO-3": (
+        {"trainer": "transformers", "parallel": {"kind": "deepspeed", "zero_stage": 1}},
+        {"trainer": "transformers", "parallel": {"kind": "deepspeed", "zero_stage": 3}},
+    ),
+    "optimizer offloaded": (
+        {"trainer": "transformers", "parallel": {"kind": "deepspeed", "zero_stage": 2}},
+        {"trainer": "transformers", "parallel": {"kind": "deepspeed", "zero_stage": 2, "cpu_offload": True}},
+    ),
     "fused kernels": ({"kernels": "torch"}, {"kernels": "liger"}),
 }
 
