@@ -117,10 +117,23 @@ def curves(
     found = {}
     for name, method, changes in wanted:
         place = Path(folder) / name
-        make(world, Path(base), place, METHODS[method], **changes).train()
+        trainer = make(world, Path(base), place, METHODS[method], **changes)
+        trainer.train()
+        assert way_of(trainer) == (SPREAD[trainer.config.parallel.kind] if world.size > 1 else SPREAD["alone"])
         rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
         found[name] = [row for row in rows if "loss" in row]
     return found
+
+
+# A library that cannot do what it was told may do something else, and lose the same.
+SPREAD = {"alone": "plain", "ddp": "DistributedDataParallel", "fsdp": "sharded", "deepspeed": "DeepSpeedEngine"}
+
+
+def way_of(trainer: Any) -> str:
+    parallel = trainer.parallel
+    if parallel.is_sharded:
+        return "sharded"
+    return "plain" if parallel.module is parallel.model else type(parallel.module).__name__
 
 
 def cases(world: World, base: str, folder: str, wanted: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
