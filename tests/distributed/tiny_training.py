@@ -119,14 +119,14 @@ def curves(
         place = Path(folder) / name
         trainer = make(world, Path(base), place, METHODS[method], **changes)
         trainer.train()
-        assert way_of(trainer) == (SPREAD[trainer.config.parallel.kind] if world.size > 1 else SPREAD["alone"])
+        assert world.size == 1 or way_of(trainer) == SPREAD[trainer.config.parallel.kind]
         rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
         found[name] = [row for row in rows if "loss" in row]
     return found
 
 
 # A library that cannot do what it was told may do something else, and lose the same.
-SPREAD = {"alone": "plain", "ddp": "DistributedDataParallel", "fsdp": "sharded", "deepspeed": "DeepSpeedEngine"}
+SPREAD = {"ddp": "DistributedDataParallel", "fsdp": "sharded", "deepspeed": "DeepSpeedEngine"}
 
 
 def way_of(trainer: Any) -> str:
