@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlllm.distance import read_documents
 from controlllm.errors import UserError
 from controlllm.progress import console
 from controlllm.train.adapters import merge_adapters
@@ -13,8 +12,17 @@ from controlllm.train.twins import own_weights
 
 LARGEST_DIFFERENCE = 1e-4
 """Of a logit, or as a share of the largest one where that is above 1."""
-EVERY_NTH, TOKENS = 20, 128
-"""Of the texts that are tried; of each its beginning."""
+TEXTS = (
+    "Question: a train leaves at 9:40 and arrives at 13:05. How long does it take? Answer: 3 hours and 25 minutes.",
+    "The harbour was quiet that morning, and the gulls, which had cried all night, sat in rows along the wall. She "
+    "counted them twice before she noticed that one of them had no shadow at all.",
+    "Am Abend zog Nebel über die Felder; nur die Spitze des Kirchturms blieb zu sehen, und irgendwo bellte ein Hund.",
+    "机器学习模型在学习新知识的同时，往往会忘记以前学到的内容。怎样才能两者兼得？",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('no values')\n    return "
+    "sum(values) / len(values)\n",
+    "Let $f(x) = x^2 - 3x + 2$. Then $f(x) = (x - 1)(x - 2)$, so that $f(1) = f(2) = 0$ and $f'(x) = 2x - 3$.",
+)
+"""Of several kinds, and here, because nothing may be missing when a training is over."""
 
 
 def merge(model: Any, tokenizer: Any) -> dict[str, float]:
@@ -23,7 +31,7 @@ def merge(model: Any, tokenizer: Any) -> dict[str, float]:
     The model must not be quantised: dequantise it before. UserError where any logit on texts of several kinds moves by
     more than rounding does.
     """
-    texts = [document.ids[:TOKENS] for document in read_documents(None, tokenizer)[::EVERY_NTH]]
+    texts = [tokenizer(text)["input_ids"] for text in TEXTS]
     model.eval()
     before = _logits(model, texts)
     own_weights(model)

@@ -5,6 +5,7 @@ ZeRO keeps float32 masters and optimizer state as slices of flat buffers (stages
 3). Here they are seen as what FSDP2 has: tensors sharded by rows, in CPU memory.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,6 +50,8 @@ def start_deepspeed() -> None:
     from deepspeed.runtime import torch_autocast
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # The Trainer accumulates by itself and tells accelerate 1; the settings have the true number.
+    logging.getLogger("accelerate.accelerator").addFilter(lambda record: "steps mismatch" not in record.getMessage())
     torch_autocast._WARNED_NESTED_AUTOCAST = True  # it is on inside the model: `autocast_inside`
     # Compiled when processes meet on CPUs, which takes minutes; only its inference would use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

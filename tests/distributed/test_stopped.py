@@ -71,16 +71,18 @@ def uninterrupted(recipe, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("trainer", ["native", "transformers"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops(recipe, name, code):
-    process = start(recipe, SHORT, program=[STOPPING, name, "self"])
+def test_a_signal_saves_and_stops(recipe, name, code, trainer):
+    short = [*SHORT, f"train.trainer={trainer}"]
+    process = start(recipe, short, program=[STOPPING, name, "self"])
     said = process.communicate(timeout=600)[1]
     assert process.returncode == code
     assert "Traceback" not in said
     stopped = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(stopped) == 1
     assert f"stopped by {name} after step {stopping_run.STEP}," in stopped[0]
-    assert f"going on after step {stopping_run.STEP}" in finish(recipe, SHORT)
+    assert f"going on after step {stopping_run.STEP}" in finish(recipe, short)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])

@@ -58,10 +58,8 @@ def test_check_passes_with_and_without_the_model(name, store, tmp_path, monkeypa
 def test_it_fits_its_machines(name, hub, capsys):
     """With a tenth to spare, which is how well memory is predicted."""
     processes, gigabytes = MACHINES[name]
-    shards = load_config(RECIPES / f"{name}.yaml").train.parallel.model_dump().get("shards")
-    replicas = [f"train.parallel.replicas={processes // shards}"] if shards else []
     options = ["--processes", str(processes), "--device-memory", str(0.9 * gigabytes), "--json"]
-    assert main(["memory", str(RECIPES / f"{name}.yaml"), *replicas, *options]) == 0
+    assert main(["memory", str(RECIPES / f"{name}.yaml"), *options]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
 
 
