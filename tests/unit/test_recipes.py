@@ -39,7 +39,8 @@ def test_no_machine_stands_in_a_recipe(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     assert not re.search(r"(?<![\w/.])/\w", text)
     assert len(text.splitlines()) <= 45
-    assert getattr(load_config(RECIPES / f"{name}.yaml").train.parallel, "replicas", None) is None  # that is the launcher's
+    parallel = load_config(RECIPES / f"{name}.yaml").train.parallel
+    assert getattr(parallel, "replicas", None) is None  # that is the launcher's
 
 
 @pytest.mark.parametrize("name", recipes())
