@@ -79,6 +79,8 @@ def main() -> None:
         child(options)
         return
     chosen = [name for name in cases() if all(part in name for part in options.cases)]
+    if not chosen:
+        raise SystemExit(f"no case has {' and '.join(options.cases)} in its name; --list shows all")
     if options.list:
         print("\n".join(chosen))
         return
