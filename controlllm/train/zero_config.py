@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ DECIDED = {
     "zero_optimization.zero_quantized_weights": "train.parallel.qwz",
     "zero_optimization.zero_quantized_gradients": "train.parallel.qgz",
 }
+BY_PROCESSES = ("gradient_accumulation_steps", "train_batch_size")
 # What stages 1 and 2 do not have.
 OFF: dict[str, Any] = {
     "zero_optimization.offload_param.device": "none",
@@ -72,9 +73,10 @@ def zero_mistake(config: RunConfig) -> str | None:
             "train.parallel.qwz: quantises parameters in groups of 8 numbers, and the alphas of the section control "
             "have fewer; leave it out"
         )
-    if parallel.config is not None:
-        _load(parallel.config)
-    return _unfit(config.train)
+    mistake = _unfit(config.train)
+    if mistake is None and parallel.config is not None:
+        _own(parallel.config, _made(config.train, parallel, 1), unknown=BY_PROCESSES)
+    return mistake
 
 
 def _unfit(config: TrainConfig) -> str | None:
@@ -161,8 +163,8 @@ def _zero(config: TrainConfig, parallel: DeepSpeed) -> dict[str, Any]:
     }
 
 
-def _own(file: str, made: dict[str, Any]) -> dict[str, Any]:
-    """The file's, where it says auto or nothing of what the recipe decides the recipe's."""
+def _own(file: str, made: dict[str, Any], *, unknown: Collection[str] = ()) -> dict[str, Any]:
+    """The file's; what it leaves out or calls auto is the recipe's, where that decides. unknown: keys not compared."""
     own = _load(file)
     for name, setting in SECTIONS.items():
         if name in own:
@@ -174,7 +176,7 @@ def _own(file: str, made: dict[str, Any]) -> dict[str, Any]:
             if key not in ours:
                 raise UserError(f"train.parallel.config: {file}: {key} is auto, but no setting of the recipe says it")
             found[key] = ours[key]
-        elif key in DECIDED and value != ours[key]:
+        elif key in DECIDED and key not in unknown and value != ours[key]:
             raise UserError(
                 f"train.parallel.config: {file} says {key} {json.dumps(value)}, but by {DECIDED[key]} it is "
                 f"{json.dumps(ours[key])}; write auto there, or change the recipe"

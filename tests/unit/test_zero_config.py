@@ -169,6 +169,16 @@ def test_check_refuses(train, said):
     assert (zero_mistake(run_config(train, control={})) or "").startswith(said)
 
 
+def test_check_holds_the_own_file_against_the_recipe(tmp_path):
+    file = tmp_path / "ds.json"
+    parallel = {"parallel": {"kind": "deepspeed", "config": str(file)}}
+    file.write_text(json.dumps({"gradient_clipping": 0.5}))
+    with pytest.raises(UserError, match=r"gradient_clipping 0\.5, but by train\.optimizer\.max_grad_norm it is 1\.0"):
+        zero_mistake(run_config(parallel))
+    file.write_text(json.dumps({"train_batch_size": 64}))  # only the launcher knows whether that is right
+    assert zero_mistake(run_config(parallel)) is None
+
+
 def test_check_lets_the_others_be():
     assert zero_mistake(run_config({"activation_checkpointing": "full"}, control={})) is None
     stage_2 = {"compile": "inductor", "parallel": {"kind": "deepspeed", "zero_stage": 2}}
