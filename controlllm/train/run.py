@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,10 +56,10 @@ class Step:
     """Learning rate."""
 
 
-class TrainingRun:
+class TrainingRun(ABC):
     """What must survive a restart is in the checkpoint, all else follows from the step.
 
-    A trainer sets `optimizer`, calls `_start` and, for each step, `_begin_step`, its own passes, `_sum_losses`,
+    A trainer sets `optimizer`, calls `_start` and, for each step, `_begin_step`, its own passes, `_sum`,
     `_may_apply`, `_end_step` and `_after_step`. Every process of a run makes one and calls `train`.
     """
 
@@ -93,12 +94,12 @@ class TrainingRun:
         self.step = self.tokens = 0
         self.validated = -1  # the step of the last validation
 
+    @abstractmethod
     def train(self, *, debug: int | None = None) -> None:
         """All steps that are left. Raises Stopped, with everything saved, after a SIGTERM or SIGINT.
 
         debug: the process that stops in pdb before the first step; no process is watched then.
         """
-        raise NotImplementedError
 
     @property
     def finished(self) -> bool:

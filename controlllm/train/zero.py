@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from controlllm.config import DeepSpeed, TrainConfig
 from controlllm.control.schedule import scheduled_names
 from controlllm.errors import UserError
 from controlllm.train.distributed import World
+from controlllm.train.pieces import rows
 from controlllm.train.zero_config import zero_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -95,10 +96,10 @@ class ZeroState:
         """`model.<parameter>` and `optimizer.<parameter>.<key>`, copied; one whole parameter is gathered at a time."""
         named = {}
         for name, parameter in _trained(model):
-            named[f"model.{name}"] = self._rows(master(parameter))
+            named[f"model.{name}"] = rows(master(parameter), self._mesh)
             if with_optimizer and parameter.requires_grad:
                 for key in MOMENTS:
-                    named[f"optimizer.{name}.{key}"] = self._rows(master(parameter, key))
+                    named[f"optimizer.{name}.{key}"] = rows(master(parameter, key), self._mesh)
                 named[f"optimizer.{name}.step"] = self._states()[0]["step"].cpu().clone()
         return named
 
@@ -129,16 +130,6 @@ class ZeroState:
 
     def _states(self) -> list[dict[str, Tensor]]:
         return [self.optimizer.state[flat] for flat in self._flat()]
-
-    def _rows(self, tensor: Tensor) -> Tensor:
-        """This process's rows of it; small tensors stay whole everywhere."""
-        rank, size = self._mesh.get_local_rank(), self._mesh.size()
-        if tensor.ndim == 0 or len(tensor) < size:
-            return tensor.cpu().clone()
-        parts = tensor.chunk(size)
-        own = parts[rank] if rank < len(parts) else tensor[:0]
-        whole = {"shape": tensor.shape, "stride": tensor.stride()}
-        return DTensor.from_local(own.cpu().clone(), self._mesh, [Shard(0)], run_check=False, **whole)
 
 
 def master(parameter: Any, key: str | None = None) -> Tensor:
