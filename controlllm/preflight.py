@@ -10,13 +10,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from controlllm.benchmark.check import benchmark_mistake, probe_keys
 from controlllm.config import PackConfig, RunConfig
 from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
 from controlllm.data.location import is_remote, kind_of
-from controlllm.data.probes import PROBES, probe_names
-from controlllm.data.sources import GYM, source_files
+from controlllm.data.probes import PROBES
+from controlllm.data.sources import BIGBENCH, GYM, source_files
 from controlllm.data.steps import build_steps
 from controlllm.errors import UserError, one_line
 from controlllm.memory import check_memory
@@ -31,11 +32,6 @@ __all__ = ["Shape", "check", "model_shape"]
 
 GIGABYTE = 10**9
 REMOTE_PACKAGES = {"hdfs": "hdfs_native", "s3": "s3fs", "gs": "gcsfs"}
-
-# The schema names these already, so that recipes stay valid; None stands for any value but null, false and [].
-NOT_YET: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "benchmark.backend": (("vllm",), "use 'hf'"),
-}
 
 
 class _Wrong(Exception):
@@ -52,11 +48,11 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
     `serving` is whether the smoke test runs on this machine, too; on a cluster it has an image of its own.
     """
     try:
-        _built(config)
         _names(config)
         _pack(config.pack)
         shape = _model(config)
-        _complain(missing_trackers(config.train.metrics), zero_mistake(config), unquantizable(config, shape))
+        mistakes = zero_mistake(config), unquantizable(config, shape), benchmark_mistake(config)
+        _complain(missing_trackers(config.train.metrics), *mistakes)
         if serving and shape and os.environ.get("CONTROLLLM_PROFILE", "local") == "local":
             _memory(config, shape)
         _output(config)
@@ -73,22 +69,6 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         raise UserError(f"{where}{dotted(wrong.path)}: {wrong}") from None
 
 
-def _built(config: RunConfig) -> None:
-    for key, (values, way_out) in NOT_YET.items():
-        value = _value(config, key)
-        if value and (values is None or value in values):
-            found = f"'{value}' is" if isinstance(value, str) else "is"
-            raise _Wrong(key, f"{found} not in this version yet; {way_out}")
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key, or None where a section on the way is off."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _names(config: RunConfig) -> None:
     for index, dataset in enumerate(config.mix.datasets):
         key = f"mix.datasets.{index}"
@@ -99,9 +79,6 @@ def _names(config: RunConfig) -> None:
         except UserError as error:
             raise _Wrong(key, str(error)) from None
         _steps(f"{key}.preprocess", dataset.preprocess)
-    for side in ("new", "old"):
-        for index, name in enumerate(getattr(config.benchmark, side)):
-            _known(f"benchmark.{side}.{index}", name, "probe", probe_names())
 
 
 def _steps(key: str, preprocess: list[dict[str, dict[str, Any]]]) -> None:
@@ -221,15 +198,16 @@ def _sources(config: RunConfig) -> None:
     for index, dataset in enumerate(config.mix.datasets):
         key = f"mix.datasets.{index}.{'source' if dataset.source else 'name'}"
         _readable(key, find_dataset(dataset).source)
-    for side in ("new", "old"):
-        for index, name in enumerate(getattr(config.benchmark, side)):
-            _readable(f"benchmark.{side}.{index}", PROBES[name].source)
+    for name, key in probe_keys(config.benchmark).items():
+        _readable(key, PROBES[name].source)
 
 
 def _readable(key: str, source: str) -> None:
     if source.startswith(GYM):
         if importlib.util.find_spec("reasoning_gym") is None:
             raise _Wrong(key, "its rows come from reasoning-gym, which is not installed; pip install reasoning-gym")
+        return
+    if source.startswith(f"pkg://{BIGBENCH}/"):  # ingest fetches it
         return
     try:
         if kind_of(source) == "hf" or is_remote(source):  # ingest looks: a check must not wait for another machine

@@ -70,29 +70,31 @@ def run_stage(
     parents: Mapping[str, Path],
     build: Callable[[Path], Any],
     resumable: bool = False,
+    label: str = "",
 ) -> Output:
     """The stored output for these inputs, or `build(folder)` into a new one.
 
     `config` and `parents` are everything that `build` may read. A resumable stage finds its unfinished folder again.
+    label: what a person reads where one stage runs many times; the stage's name when left out.
     """
     inputs = stage_inputs(stage, config=config, parents=parents)
     key = content_of(inputs)
     home = store_root() / stage.replace(" ", "-")
     final = home / key
-    tell = _told.get()
+    tell, shown = _told.get(), label or stage
     _make(home)
     with FileLock(home / f".{key}.lock"):
         if (lineage := _complete(final)) is not None:
             made = f"made {lineage['finished']}, took {duration(lineage['seconds'])}"
             if tell:
-                tell(f"{stage}: cached, {made}")
+                tell(f"{shown}: cached, {made}")
             elif is_first_process():
-                console.print(f"[green]●[/] {stage:<13} cached    [dim]{made}[/]")
+                console.print(f"[green]●[/] {shown:<13} cached    [dim]{made}[/]")
             return Output(final, lineage, cached=True)
         if tell:
-            tell(f"{stage}: would compute {_why(home, inputs)}".replace("\\[", "["))
+            tell(f"{shown}: would compute {_why(home, inputs)}".replace("\\[", "["))
             raise Miss(stage, parents)
-        console.print(f"[cyan]▶[/] {stage:<13} computing [dim]{_why(home, inputs)}[/]", markup=True)
+        console.print(f"[cyan]▶[/] {shown:<13} computing [dim]{_why(home, inputs)}[/]", markup=True)
         partial = home / f".{key}.partial"
         if not resumable or final.exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +109,7 @@ def run_stage(
             if not resumable:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-    console.print(f"[green]✔[/] {stage:<13} computed  [dim]in {duration(lineage['seconds'])}[/]")
+    console.print(f"[green]✔[/] {shown:<13} computed  [dim]in {duration(lineage['seconds'])}[/]")
     return Output(final, lineage, cached=False)
 
 

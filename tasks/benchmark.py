@@ -9,14 +9,17 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
-    cache=stage_cache("benchmark"),
+    cache=stage_cache("benchmark task", "benchmark"),
     container_image=cluster.image("train"),
     requests=cluster.light(),
     environment=cluster.environment(),
 )
 @one_line_errors
 def benchmark(model: FlyteDirectory, data: FlyteDirectory, config: BenchmarkConfig) -> Folder:
-    """Scores, and a log of every item."""
+    """Scores, and a log of every item. Every task is tried; one that failed ends it with what and why."""
     from controlllm.benchmark import benchmark as benchmark_stage
+    from controlllm.benchmark.stage import refuse_failed
 
-    return publish(benchmark_stage(local(model), local(data), config).path)
+    scores = benchmark_stage(local(model), local(data), config).path
+    refuse_failed(scores)
+    return publish(scores)

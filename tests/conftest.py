@@ -27,7 +27,7 @@ mix: {{datasets: [{{name: puzzles, rows: 40, seed: 1, dedup: true}}]}}
 pack: {{context_length: 256, validation_fraction: 0.1, overlong: drop}}
 train: {{steps: 4, lr: 0.001, global_batch_size: 2, precision: float32, checkpoint: {{every: 2}}}}
 validation: {{every: 2, rows: 1}}
-benchmark: {{new: [puzzles], old: [chat, drift], items: 12, batch_size: 4, dtype: float32}}
+benchmark: {{new: [puzzles], old: [chat, drift], items: 12, batch_size: 4, dtype: float32, backend: hf}}
 smoke: null
 """
 

@@ -14,6 +14,7 @@ from tasks.benchmark import benchmark
 from tasks.consolidate import consolidate
 from tasks.ingest import ingest, preflight
 from tasks.prepare import plan_pieces, prepare, prepare_piece
+from tasks.promote import promote
 from tasks.report import report
 from tasks.smoke import smoke
 from tasks.train import train
@@ -27,7 +28,7 @@ class Finetuned(NamedTuple):
 
 @workflow
 def finetune(config: Recipe) -> Finetuned:
-    """Ingest, prepare, train, consolidate, benchmark, smoke test, report. Unchanged stages come from the cache."""
+    """Ingest, prepare, train, consolidate, benchmark, smoke test, report, gate. Unchanged stages come from the cache."""
     checked = preflight(config=config)
     raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark, pack=config.pack)
     checked >> raw.base  # order: a run that cannot work ends before it begins
@@ -80,4 +81,6 @@ def finetune(config: Recipe) -> Finetuned:
         tuned_scores=tuned_scores,
         smoke=smoked,
     )
-    return Finetuned(model=model, scores=tuned_scores, report=page)
+    promoted = promote(config=config, model=model, base_scores=base_scores, tuned_scores=tuned_scores)
+    page >> promoted  # order: a model that the gate stops has its report
+    return Finetuned(model=promoted, scores=tuned_scores, report=page)

@@ -62,26 +62,37 @@ class BenchmarkConfig(Config):
     """What is measured, before and after."""
 
     new: list[str] = ["puzzles"]
-    """Probes of the skill that is learned."""
-    old: list[str] = ["mmlu", "prose", "code", "chat", "drift"]
-    """Probes of what must not be forgotten; never trained on."""
+    """Of the skill that is learned: probes (offline items), suites (math, code, ...) or single tasks of a suite."""
+    old: list[str] = ["mmlu-dev", "prose", "python", "chat", "drift"]
+    """Of what must not be forgotten; named as in new, and never trained on."""
     items: Positive | dict[str, Positive] | None = None
-    """Items per probe, for all of them or by name; all items of a probe when left out."""
-
-    def items_of(self, probe: str) -> int | None:
-        return self.items.get(probe) if isinstance(self.items, dict) else self.items
-
+    """Items per task (of a group of subtasks: per subtask), for all of them or by name; all items when left out."""
     batch_size: Positive = 16
     """Items at a time."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type in which both models are measured."""
-    backend: Literal["hf", "vllm"] = "hf"
-    """What generates the answers."""
+    backend: Literal["auto", "hf", "vllm"] = "auto"
+    """What runs the model: transformers, vLLM, or for each kind of task the faster of what is installed."""
+    processes: Positive | None = None
+    """Copies of the model that share the items under backend hf; one per GPU when left out, one without a GPU."""
+    prompts: Literal["instruct", "pretrain"] | None = None
+    """How suites ask: as a chat, or as text to go on with; chat where the tokenizer has a template, when left out."""
+    data: str | None = None
+    """A folder with the suites' datasets as org/name, instead of the Hub and its cache."""
+    run_code: bool = False
+    """Run programs that the model writes, in a sandbox without network; tasks that need it are refused otherwise."""
+    margin: Annotated[Number, Field(gt=0)] = 2.0
+    """A skill is kept if it surely fell by less: points of right answers, or per cent of the base's loss."""
+    gate: dict[str, Number] = {}
+    """The lowest change that a promotion allows, by task, suite, or old and new: {general: -2.0}. Units as margin."""
+
+    def items_of(self, task: str) -> int | None:
+        return self.items.get(task) if isinstance(self.items, dict) else self.items
 
     @model_validator(mode="after")
     def _names_once(self) -> "BenchmarkConfig":
         if both := sorted(set(self.new) & set(self.old)):
-            raise ValueError(f"old names {both[0]}, which is in new, too: a probe is of one side")
+            raise ValueError(f"old names {both[0]}, which is in new, too: a task is of one side")
         return self
 
 
@@ -100,4 +111,23 @@ class ReportConfig(Config):
     """The HTML page at the end."""
 
     contrast: list[Name] = []
-    """Other runs (by name, in the same output folder) whose bars are drawn beside this one's, where they exist."""
+    """Other runs (by name, in the same output folder) whose changes are drawn beside this one's, where they exist."""
+    dial: list[Annotated[Number, Field(ge=0, le=1)]] = []
+    """Alpha scales (0 the base, 1 the trained model) that are measured, too, for the curve of gain against cost."""
+
+
+class ProbeConfig(Config):
+    """A look inside the tuned model beside its base, on prompts."""
+
+    prompts: str | list[str]
+    """A file (.txt: a prompt per line; .jsonl: rows with prompt or messages), or the prompts themselves."""
+    items: Positive = 16
+    """Prompts, the first of them."""
+    tokens: Positive = 128
+    """Tokens of a prompt; longer ones are cut."""
+    lens_tokens: Positive = 8
+    """Last tokens of a prompt whose prediction is followed through the layers."""
+    drawn: Positive = 2
+    """Prompts that are drawn token by token; the numbers of all are kept."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type in which both models run; the checkpoint's own when left out."""

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import controlllm  # noqa: F401
 from controlllm import pipeline
+from controlllm.benchmark.items import read_items
 from controlllm.config import load_config
 from controlllm.data.catalog import CATALOG
 from controlllm.data.probes import HELD_OUT_SEED
@@ -160,20 +161,20 @@ def test_scores_are_what_the_model_gives(recipe, store):
     """lm-eval's loss of a probe = a plain forward pass over prompt and target."""
     from controlllm.benchmark import benchmark
 
-    config = load_config(recipe, "benchmark.old=[mmlu, prose, code, chat, drift]")
+    config = load_config(recipe, "benchmark.old=[mmlu-dev, prose, python, chat, drift]")
     pipeline.run(config, until="ingest")
     base, data = only(store, "ingest-model"), only(store, "ingest-data")
     folder = benchmark(base, data, config.benchmark).path
-    scores = json.loads((folder / "scores.json").read_text())["probes"]
-    assert set(scores) == {"puzzles", "mmlu", "prose", "code", "chat", "drift"}
+    scores = json.loads((folder / "scores.json").read_text())["tasks"]
+    assert set(scores) == {"puzzles", "mmlu-dev", "prose", "python", "chat", "drift"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    item = lines(folder / "items" / "chat.jsonl")[0]
+    item = read_items(folder, "chat")[0]
     ids = tokenizer(item["prompt"] + item["target"] + "<|im_end|>", return_tensors="pt")["input_ids"]
     logits = model(ids).logits[0, :-1].log_softmax(-1)
     losses = -logits[range(len(logits)), ids[0, 1:]]
     assert item["loss"] == pytest.approx(losses[-item["tokens"] :].sum().item(), rel=1e-4)
     for name, score in scores.items():
-        items = lines(folder / "items" / f"{name}.jsonl")
+        items = read_items(folder, name)
         assert len(items) == score["items"]
         assert score["metrics"]["loss"] == pytest.approx(
             sum(i["loss"] for i in items) / sum(i["tokens"] for i in items)
