@@ -114,16 +114,13 @@ def probe_data(base: Path, config: BenchmarkConfig) -> Path:
 
 
 def compared(before: Path, after: Path) -> dict[str, Json]:
-    """Each probe's change between two outputs of the benchmark, with its interval."""
-    from controlllm.statistics import compare_probe
+    """Each task's change between two outputs of the benchmark, with its interval."""
+    from controlllm.statistics import compare_scores
 
-    probes = json.loads((after / "scores.json").read_text())["probes"]
-    items = {name: [_rows(folder / "items" / f"{name}.jsonl") for folder in (before, after)] for name in probes}
-    return {name: {"role": p["role"]} | compare_probe(p, *items[name]) for name, p in probes.items()}
-
-
-def _rows(file: Path) -> list[Json]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    found = compare_scores(before, after)
+    for name, why in found["left_out"].items():
+        raise UserError(f"{name}: {why}")
+    return found["tasks"]
 
 
 def _config_at(checkpoint: Path, alpha_scale: float) -> Json:
