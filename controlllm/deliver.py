@@ -1,7 +1,6 @@
-"""Stage 7: the report, and the run's output folder: `<output>/<name>/` with the page and a link to the model."""
+"""Stage 7: the report, and the run's output folder: `<output>/<name>/` with the page and its numbers."""
 
 import json
-import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from controlllm.config import RunConfig
 from controlllm.errors import UserError
 from controlllm.fingerprint import content_of
+from controlllm.promote import link
 from controlllm.report import StageTime, build_report, print_summary
 from controlllm.store import deliver_to, read_lineage, run_stage
 
@@ -26,8 +26,13 @@ def report(
     tuned_scores: Path,
     smoke: Path | None,
     started: datetime,
+    dial: Path | None = None,
+    probe: Path | None = None,
 ) -> Path:
-    """Build the page, put it into the output folder, print the summary; returns the page's path."""
+    """Build the page, put it into the output folder, print the summary; returns the page's path.
+
+    dial, probe: folders with dial.json and probe.json, where these were measured.
+    """
     output = Path(config.output) / config.name
     contrasts = {name: folder for name in config.report.contrast if (folder := _stored_report(config, name))}
     parents = {"benchmark of the base": base_scores, "benchmark of the tuned": tuned_scores, "train": trained}
@@ -35,6 +40,8 @@ def report(
     order = {"ingest model": base, "ingest data": data, "prepare": shards, "train": trained, "consolidate": model,
              "benchmark (base)": base_scores, "benchmark (tuned)": tuned_scores}  # fmt: skip
     order |= {"smoke": smoke} if smoke else {}
+    more = {name: folder for name, folder in (("dial", dial), ("probe", probe)) if folder}
+    memory = _predicted_memory(config, base, json.loads((trained / "train.json").read_text()))
 
     def build(folder: Path) -> None:
         build_report(
@@ -49,13 +56,15 @@ def report(
             contrasts=contrasts,
             stages=[_stage_time(stage, path, started) for stage, path in order.items()],
             config=config.model_dump(exclude_none=True),
+            memory=memory,
+            **more,
         )
 
     # A contrast counts by its numbers: its page may name this run, and two pages must not renew each other for ever.
     numbers = {name: json.loads((folder / "summary.json").read_text()) for name, folder in contrasts.items()}
     inputs = {"run": config.model_dump(exclude={"output"}), "contrast": {n: content_of(v) for n, v in numbers.items()}}
-    made = run_stage("report", config=inputs, parents=parents, build=build)
-    page = _deliver(made.path, model, output)
+    made = run_stage("report", config=inputs | {"memory": memory}, parents=parents | more, build=build)
+    page = _deliver(made.path, output)
     print_summary(made.path, page)
     return page
 
@@ -85,6 +94,19 @@ def _trained(config: RunConfig) -> str:
     return f"Control LLM ({how}{twins})"
 
 
+def _predicted_memory(config: RunConfig, base: Path, trained: dict[str, Any]) -> int | None:
+    """Bytes that a process was to need at its worst moment; None for a kind of model whose sizes are not known."""
+    from controlllm.memory import predict
+    from controlllm.model_shape import model_shape
+
+    shape = model_shape(str(base))
+    if shape is None or shape.decoder is None:
+        return None
+    cpu = trained["environment"]["cuda"] is None
+    memory = predict(shape, config, processes=trained["processes"], device="cpu" if cpu else "cuda")
+    return memory.device.total + (memory.host.total if cpu else 0)
+
+
 def _stored_report(config: RunConfig, name: str) -> Path | None:
     """Another run's summary, if that run has been made and its numbers are there."""
     link = Path(config.output) / name / "summary"
@@ -97,20 +119,11 @@ def _stage_time(stage: str, path: Path, started: datetime) -> StageTime:
     return StageTime(stage, lineage["seconds"], cached, lineage["key"], lineage["finished"])
 
 
-def _deliver(made: Path, model: Path, output: Path) -> Path:
+def _deliver(made: Path, output: Path) -> Path:
+    link(output / "summary", made)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made / "report.html", output / "report.html")
-        _link(output / "model", model)
-        _link(output / "summary", made)
         deliver_to(output)
     except OSError as error:
         raise UserError(f"output: {output} cannot be written: {error.strerror}") from None
     return output / "report.html"
-
-
-def _link(link: Path, target: Path) -> None:
-    """Replaced in one step, so that the link always points somewhere."""
-    fresh = link.with_name(f".{link.name}.{os.getpid()}")
-    fresh.symlink_to(target.resolve())
-    fresh.replace(link)

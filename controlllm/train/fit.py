@@ -21,6 +21,7 @@ from controlllm.train.attention import refuse_missing
 from controlllm.train.checkpoint import Checkpoints
 from controlllm.train.curves import RunFacts
 from controlllm.train.distributed import World
+from controlllm.train.environment import environment
 from controlllm.train.guards import out_of_memory
 from controlllm.train.inputs import Inputs
 from controlllm.train.model import load_model
@@ -156,6 +157,8 @@ def _summary(model: Any, folder: Path, trainer: TrainingRun) -> dict[str, Any]:
         "target_tokens": sum(row["targets"] for row in steps),
         "seconds": round(sum(row["seconds"] for row in steps), 1),
         "processes": trainer.world.size,
+        "resumed": trainer.resumed,
+        "environment": environment(trainer.world.device),
         "trained_parameters": sum(numel(p) for p in model.parameters() if p.requires_grad),
         "total_parameters": weight_count(model),
         "sites": (getattr(model.config, "control", None) or {}).get("sites", []),

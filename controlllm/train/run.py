@@ -93,6 +93,7 @@ class TrainingRun(ABC):
         self.length = Length(config)
         self.step = self.tokens = 0
         self.validated = -1  # the step of the last validation
+        self.resumed: list[int] = []  # the steps after which an earlier process's run was taken up
 
     @abstractmethod
     def train(self, *, debug: int | None = None) -> None:
@@ -223,6 +224,7 @@ class TrainingRun(ABC):
         assert self.metrics is not None
         self._phase("save")
         state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
+        state["resumed"] = self.resumed
         state["metrics"] = self.metrics.state()
         state |= {name: part.state() for name, part in self._stateful()}
         self.checkpoints.save(self.model, self.optimizer, state, best=best, wait=wait)
@@ -233,6 +235,7 @@ class TrainingRun(ABC):
         if state is None:
             return None
         self.step, self.tokens, self.validated = state["step"], state["tokens"], state["validated"]
+        self.resumed = [*state.get("resumed", []), self.step]  # checkpoints of earlier versions do not say
         for name, part in self._stateful():
             part.load(state[name])
         if self.world.is_main:

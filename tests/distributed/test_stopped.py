@@ -1,5 +1,6 @@
 """`controlllm train` that is stopped by a signal, or killed: the same command goes on, and the result is the same."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def uninterrupted(recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trainer", ["native", "transformers"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops(recipe, name, code, trainer):
+def test_a_signal_saves_and_stops(recipe, store, name, code, trainer):
     short = [*SHORT, f"train.trainer={trainer}"]
     process = start(recipe, short, program=[STOPPING, name, "self"])
     said = process.communicate(timeout=600)[1]
@@ -83,6 +84,7 @@ def test_a_signal_saves_and_stops(recipe, name, code, trainer):
     assert len(stopped) == 1
     assert f"stopped by {name} after step {stopping_run.STEP}," in stopped[0]
     assert f"going on after step {stopping_run.STEP}" in finish(recipe, short)
+    assert json.loads((result(store) / "train.json").read_text())["resumed"] == [stopping_run.STEP]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
