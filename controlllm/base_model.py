@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from controlllm.base_facts import CARD, folder_facts, gguf_facts, keep_facts
 from controlllm.config import ModelConfig
 from controlllm.data.sources import source_files
 from controlllm.errors import UserError
 from controlllm.model_shape import Shape, model_shape
 
 _ENDINGS = {".safetensors", ".json", ".model", ".txt", ".jinja"}
+_LICENCES = ("LICENSE", "NOTICE")
 
 
 def source_stamp(model: ModelConfig) -> Any:
@@ -26,10 +28,14 @@ def save_base(model: ModelConfig, folder: Path) -> None:
     files = _local_files(model.name)
     if len(files) == 1 and files[0].suffix == ".gguf":
         _convert_gguf(files[0], folder)
+        keep_facts(gguf_facts(files[0]), folder)
     elif files:
         _copy(files, folder)
+        keep_facts(folder_facts(files[0].parent), folder)
     else:
         _download(model, folder)
+        keep_facts(folder_facts(folder), folder)
+        (folder / CARD).unlink(missing_ok=True)
     _check(folder, model.name)
 
 
@@ -39,7 +45,8 @@ def _local_files(name: str) -> list[Path]:
     place = Path(name).expanduser()
     if not place.is_dir():
         return []
-    return sorted(f for f in place.iterdir() if f.is_file() and f.suffix in _ENDINGS and f.name != "lineage.json")
+    found = (f for f in place.iterdir() if f.suffix in _ENDINGS or f.name.startswith(_LICENCES))
+    return sorted(f for f in found if f.is_file() and f.name != "lineage.json")
 
 
 def _copy(files: list[Path], folder: Path) -> None:
@@ -78,7 +85,7 @@ def _download(model: ModelConfig, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [f"*{ending}" for ending in sorted(_ENDINGS)]
+    patterns = [f"*{ending}" for ending in sorted(_ENDINGS)] + [f"{name}*" for name in (*_LICENCES, CARD)]
     with _explained(model):
         try:
             hub_shape(model)  # known to every check from now on
@@ -88,6 +95,7 @@ def _download(model: ModelConfig, folder: Path) -> None:
                 raise
             model_shape(str(cached.path))  # raises where weights or tokenizer are missing
             _copy(_local_files(str(cached.path)), folder)
+            keep_facts(folder_facts(cached.path), folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from controlllm import __version__
+from controlllm.base_facts import folder_facts
 from controlllm.config import Method, ModelConfig
 from controlllm.fingerprint import content_of
 from controlllm.store import Output, content_hash, find_lineage, read_lineage, run_stage
@@ -70,6 +71,7 @@ def _lineage(base: Path, trained: Path) -> dict[str, Any]:
     return {
         "base_model": _model_name(base),
         "base_content": content_hash(base),
+        "base": folder_facts(base),
         "data": {
             "content": training["parents"]["prepare"]["content"],
             "datasets": sorted(_starting(inputs, "mix.shares.")),

@@ -9,6 +9,7 @@ from controlllm.errors import UserError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+SHORT_LIST = 64
 
 
 def read_header(file: Path, *endings: str) -> dict[str, Any]:
@@ -46,9 +47,9 @@ def _value(stream: BinaryIO, kind: int, size: int) -> Any:
     if item in _SCALARS:
         _skip(stream, count * struct.calcsize(_SCALARS[item]), size)
     else:
-        for _ in range(count):
-            _value(stream, item, size)
-    return None  # no list is of interest here
+        values = [_value(stream, item, size) for _ in range(count)]
+        return values if count <= SHORT_LIST else None
+    return None  # numbers in lists, and long lists, are of no interest here
 
 
 def _string(stream: BinaryIO, size: int) -> bytes:

@@ -1,0 +1,142 @@
+"""Is a checkpoint's folder fit to be shared: complete, unchanged, only safetensors, nothing private in its texts?"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlllm.errors import UserError
+from controlllm.fingerprint import hash_file
+from controlllm.progress import track
+from controlllm.store import LINEAGE, find_lineage
+
+INDEX = "model.safetensors.index.json"
+_ENDINGS = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
+_LICENCES = ("LICENSE", "NOTICE")
+_LARGEST_TEXT = 1 << 20
+"""Bytes; a larger JSON file is a vocabulary, in which anything can stand."""
+
+# A path of a machine has a place that people or jobs write to at its beginning; `/n/` of a template has not.
+_PATH = re.compile(
+    r"(?<![\w.:/-])(/(?:home|root|Users|tmp|var|mnt|data|opt|srv|scratch|workspace|work|media|content|kaggle|gpfs|lustre|"
+    r"nfs|fsx|efs|private|local|usr|etc)/[^\s'\"`]+|[A-Za-z]:\\\\?[\w.-]+\\[^\s'\"`]+|file://[^\s'\"`]+|~/[\w.-]+/[^\s'\"`]*)"
+)
+_SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
+    "an access key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in an address": r"\b\w+://[^\s/:@]+:[^\s/@]+@",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the folder, to be sent as `name`; a link is followed."""
+
+    name: str
+    path: Path
+    size: int
+
+
+def shared_files(folder: Path) -> list[File]:
+    """What is sent of the folder, by name: all but our own lineage.json and README.md, which is made anew.
+
+    Raises UserError with the first reason why it must not be.
+    """
+    files = list(_files(folder))
+    for file in files:
+        if file.path.suffix in _PICKLES:
+            raise UserError(f"{folder / file.name}: may be a pickle, which can run code; send safetensors only")
+        if file.path.suffix not in _ENDINGS and not file.name.startswith(_LICENCES):
+            raise UserError(f"{folder / file.name}: is no part of a checkpoint; move it elsewhere, then push again")
+    _complete(folder, {file.name: file for file in files})
+    for file in files:
+        if file.path.suffix != ".safetensors" and file.size <= _LARGEST_TEXT:
+            check_text(file.path.read_text(encoding="utf-8", errors="replace"), str(folder / file.name))
+    _unchanged(folder, files)
+    return files
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for a path of a machine or a secret in it; the secret itself is not repeated."""
+    for what, pattern in _SECRETS.items():
+        if re.search(pattern, text):
+            raise UserError(f"{where}: holds {what}; remove it, and make a new one, since this one was written down")
+    if found := _PATH.search(text):
+        raise UserError(f"{where}: holds a path of a machine, {found.group(1)[:80]}; remove it, then push again")
+
+
+def _files(folder: Path) -> Iterator[File]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name in (LINEAGE, "README.md"):
+            continue
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            raise UserError(f"{path}: is hidden and no part of a checkpoint; move it elsewhere, then push again")
+        if not path.is_file():
+            raise UserError(f"{path}: is a link to nothing, or no plain file; make the checkpoint again")
+        yield File(name, path.resolve(), path.stat().st_size)
+
+
+def _complete(folder: Path, files: dict[str, File]) -> None:
+    """Configuration, tokenizer and every tensor of the index, in files whose headers are right."""
+    from controlllm.control.tensor_files import read_header
+
+    if "config.json" not in files:
+        raise UserError(f"{folder}: has no config.json; is this a Hugging Face model folder?")
+    config = _object(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{folder / 'config.json'}: has no model_type; is this a model's?")
+    if not files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        raise UserError(f"{folder}: has no tokenizer (tokenizer.json); save it there, too")
+    weights = {name: set(read_header(file.path)) for name, file in files.items() if file.path.suffix == ".safetensors"}
+    model = {name: tensors for name, tensors in weights.items() if "/" not in name}
+    if not model:
+        raise UserError(f"{folder}: has no weights (*.safetensors)")
+    if INDEX not in files:
+        if set(model) != {"model.safetensors"}:
+            raise UserError(f"{folder}: has {len(model)} files of weights and no {INDEX}; save the model again")
+        return
+    index = _object(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        raise UserError(f"{folder / INDEX}: has no weight_map; save the model again")
+    for tensor, name in index.items():
+        if tensor not in model.get(name, ()):
+            raise UserError(f"{folder}: {name} lacks the tensor {tensor} that {INDEX} names; make the checkpoint again")
+    if extra := sorted(set(model) - set(index.values())):
+        raise UserError(f"{folder / extra[0]}: is not named by {INDEX}; move it elsewhere, then push again")
+
+
+def _unchanged(folder: Path, files: list[File]) -> None:
+    """Every byte against the stage's own record, where there is one."""
+    if (lineage := find_lineage(folder)) is None:
+        return
+    recorded = {name: stamp["hash"] for name, stamp in lineage["files"].items()}
+    here = {file.name for file in files} | {"README.md"}
+    if missing := sorted(set(recorded) - here):
+        raise UserError(f"{folder / missing[0]}: is missing; run controlllm consolidate again")
+    with track("verify", total=max(sum(file.size for file in files), 1)) as advance:
+        done = 0
+        for file in files:
+            if recorded.get(file.name) != hash_file(file.path):
+                raise UserError(
+                    f"{folder / file.name}: is not what the stage wrote; run controlllm consolidate again, or push a "
+                    f"copy without {LINEAGE} if the change is meant"
+                )
+            done += file.size
+            advance(done, file.name)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; make the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must hold an object, found {type(values).__name__}")
+    return values
