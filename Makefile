@@ -66,5 +66,5 @@ distclean: clean  ## remove the installation too
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed-main
-	docker/install.sh demo,serve-cpu,language,hdfs,s3,gs,deepspeed,quant,trackers,dev
+	docker/install.sh demo,serve-cpu,language,benchmarks,hdfs,s3,gs,deepspeed,quant,trackers,dev
 	@touch $@

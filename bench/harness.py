@@ -7,20 +7,22 @@ import sys
 import time
 
 import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import controlllm  # noqa: F401 - expanded checkpoints, too
+from controlllm.benchmark.harness import TokenLM
+from controlllm.benchmark.hf_engine import HFEngine
 from controlllm.data.probes import PROBES
 from controlllm.data.sources import read_rows
-from controlllm.harness import HFLM, CountingLM
 
 
 def main(directory: str, questions: int = 24) -> None:
-    probe = PROBES["mmlu"]
+    probe = PROBES["mmlu-dev"]
     items = [item for row in read_rows(probe.source) for item in probe.items(row)][:questions]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    ours = CountingLM(model, tokenizer, 16, lambda done, note="": None)
+    ours = TokenLM(HFEngine(model, tokenizer, 16), tokenizer, model.config, lambda done, note="": None)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
     pairs = [(item["prompt"], f" {choice}") for item in items for choice in item["choices"]]
     requests = [(pair, *ours._encode_pair(*pair)) for pair in pairs]

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from controlllm import __version__, cli_checkpoints, cli_data, cli_train
+from controlllm import (
+    __version__,
+    cli_assess,
+    cli_benchmark,
+    cli_checkpoints,
+    cli_data,
+    cli_probe,
+    cli_share,
+    cli_train,
+)
 from controlllm.errors import RunError, UserError, one_line
 from controlllm.progress import prepare_environment
 
@@ -127,13 +136,15 @@ def train(
 for _stage, (_what, _example, _next) in STAGES.items():
     _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
+    if _stage == "benchmark":
+        cli_benchmark.add_commands(app, _stage_command("benchmark"), "Stages")
+        continue
     if _stage in ("ingest", "train"):
         app.command(_stage, rich_help_panel="Stages")(ingest if _stage == "ingest" else train)
         continue
     app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
-cli_checkpoints.add_commands(app)
-cli_data.add_commands(app)
-cli_train.add_commands(app)
+for _module in (cli_assess, cli_probe, cli_checkpoints, cli_share, cli_data, cli_train):
+    _module.add_commands(app)
 
 
 @config_app.command("show")

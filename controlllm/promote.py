@@ -1,4 +1,4 @@
-"""The last step of a run: `<output>/<name>/model` becomes the tuned model, unless the gate says that too much was lost."""
+"""The last step: `<output>/<name>/model` becomes the tuned model, unless the gate says that too much was lost."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from controlllm.store import deliver_to
 
 
 def promote(config: RunConfig, *, model: Path, base_scores: Path, tuned_scores: Path) -> Path:
-    """Link `model`, and the results of both models as `scores` and `base-scores`; returns the folder that `model` names.
+    """Link `model`, and both models' results as `scores` and `base-scores`; returns the folder that `model` names.
 
     A model that `benchmark.gate` does not let pass is linked as `refused`, an earlier `model` stays, and the UserError
     says what was lost.

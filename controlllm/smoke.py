@@ -63,7 +63,7 @@ def smoke_test(folder: Path, *, model: Path, prompts: list[str], config: SmokeCo
     request = {
         "model": str(model),
         "prompts": [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts],
-        "stop": _stop_tokens(model, tokenizer),
+        "stop": stop_tokens(model, tokenizer),
         "max_new_tokens": config.max_new_tokens,
     }
     with _vllm() as ask, console.status("  smoke: transformers generates, vLLM starts"):
@@ -100,7 +100,7 @@ def _prompts(data: Path, count: int) -> list[str]:
     return prompts[:count]
 
 
-def _stop_tokens(model: Path, tokenizer: Any) -> list[int]:
+def stop_tokens(model: Path, tokenizer: Any) -> list[int]:
     """What ends a text: the EOS tokens of the model's files and the tokenizer's."""
     stop = {tokenizer.eos_token_id}
     for file in (model / "config.json", model / "generation_config.json"):
@@ -166,7 +166,7 @@ def _vllm() -> Iterator[Any]:
                 process.stdin.flush()
             try:
                 if process.wait(TIMEOUT_SECONDS) != 0:
-                    _fail(_cause(log, process.returncode), log)
+                    _fail(cause_of(log, process.returncode), log)
             except subprocess.TimeoutExpired:
                 _fail(f"it gave no answer in {TIMEOUT_SECONDS / 60:.0f} minutes", log)
             return json.loads(answer.read_text())
@@ -183,13 +183,18 @@ def _vllm() -> Iterator[Any]:
 
 
 def _fail(cause: str, log: Path) -> NoReturn:
-    handle, kept = tempfile.mkstemp(prefix="controlllm-smoke-", suffix=".log")
+    raise UserError(f"smoke: vLLM failed: {cause}; its log is {keep_log(log, 'smoke')}")
+
+
+def keep_log(log: Path, stage: str) -> str:
+    """The path of a copy that outlives the stage."""
+    handle, kept = tempfile.mkstemp(prefix=f"controlllm-{stage}-", suffix=".log")
     os.close(handle)
     shutil.copyfile(log, kept)
-    raise UserError(f"smoke: vLLM failed: {cause}; its log is {kept}")
+    return kept
 
 
-def _cause(log: Path, code: int) -> str:
+def cause_of(log: Path, code: int) -> str:
     """The last error in the log, without vLLM's prefixes."""
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}, which is often too little memory"

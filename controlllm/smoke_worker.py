@@ -40,7 +40,7 @@ def main(answer: Path) -> None:
 
 
 def _engine(llm: Any, request: dict[str, Any]) -> Any:
-    _look_at_the_model_class_here(request["model"])
+    look_at_the_model_class_here(request["model"])
     longest = max(map(len, request["prompts"])) + request["max_new_tokens"]
     return llm(
         model=request["model"],
@@ -57,7 +57,7 @@ def _engine(llm: Any, request: dict[str, Any]) -> Any:
     )
 
 
-def _look_at_the_model_class_here(model: str) -> None:
+def look_at_the_model_class_here(model: str) -> None:
     """vLLM imports itself again in another process to look at a model class, 15 s; this process has CUDA untouched."""
     from vllm import ModelRegistry
 

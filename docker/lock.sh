@@ -25,7 +25,7 @@ cp "$work/cpu-3.12" "$work/old"
 resolve cpu-3.11 --python-version 3.11 --all-extras --override docker/overrides.txt
 # The images take torch's CUDA build and with it what overrides.txt leaves out.
 UV_FIND_LINKS='' resolve gpu-3.12 --python-version 3.12 --constraint "$work/cpu-3.12" \
-  --extra serve --extra language --extra hdfs --extra s3 --extra gs --extra deepspeed --extra quant --extra trackers --extra gpu
+  --extra serve --extra language --extra benchmarks --extra hdfs --extra s3 --extra gs --extra deepspeed --extra quant --extra trackers --extra gpu
 
 sort -u "$work/cpu-3.11" "$work/cpu-3.12" "$work/gpu-3.12" >"$work/all"
 twice=$(cut -d= -f1 "$work/all" | uniq -d | tr '\n' ' ')

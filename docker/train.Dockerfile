@@ -8,7 +8,7 @@ WORKDIR /app
 COPY pyproject.toml docker/constraints.txt ./
 COPY docker/pycosat pycosat
 RUN uv pip install --no-cache --requirements pyproject.toml ./pycosat --constraint constraints.txt \
-      --extra language --extra hdfs --extra s3 --extra gs --extra deepspeed --extra quant --extra trackers --extra gpu
+      --extra language --extra benchmarks --extra hdfs --extra s3 --extra gs --extra deepspeed --extra quant --extra trackers --extra gpu
 COPY README.md ./
 COPY controlllm controlllm
 COPY tasks tasks

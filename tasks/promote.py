@@ -13,7 +13,5 @@ def promote(config: Recipe, model: FlyteDirectory, base_scores: FlyteDirectory, 
     """The model, where `benchmark.gate` lets it pass; an error that says what was lost where not."""
     from controlllm.promote import promote as promote_stage
 
-    made = promote_stage(
-        config, model=local(model), base_scores=local(base_scores), tuned_scores=local(tuned_scores)
-    )
+    made = promote_stage(config, model=local(model), base_scores=local(base_scores), tuned_scores=local(tuned_scores))
     return publish(made)

@@ -26,6 +26,8 @@ def report(
     base_scores: FlyteDirectory,
     tuned_scores: FlyteDirectory,
     smoke: FlyteDirectory | None,
+    dial: FlyteDirectory | None,
+    probe: FlyteDirectory | None,
 ) -> FlyteFile:
     """The page and its numbers, put into the run's output folder; a table for the terminal."""
     from controlllm.deliver import report as report_stage
@@ -40,6 +42,8 @@ def report(
         base_scores=local(base_scores),
         tuned_scores=local(tuned_scores),
         smoke=None if smoke is None else local(smoke),
+        dial=None if dial is None else local(dial),
+        probe=None if probe is None else local(probe),
         started=current_context().execution_date,
     )
     Deck("report", page.read_text())

@@ -12,8 +12,10 @@ from flytekit.types.file import FlyteFile
 from tasks.artifacts import Folder, Recipe
 from tasks.benchmark import benchmark
 from tasks.consolidate import consolidate
+from tasks.dial import dial
 from tasks.ingest import ingest, preflight
 from tasks.prepare import plan_pieces, prepare, prepare_piece
+from tasks.probe import probe
 from tasks.promote import promote
 from tasks.report import report
 from tasks.smoke import smoke
@@ -28,7 +30,7 @@ class Finetuned(NamedTuple):
 
 @workflow
 def finetune(config: Recipe) -> Finetuned:
-    """Ingest, prepare, train, consolidate, benchmark, smoke test, report, gate. Unchanged stages come from the cache."""
+    """Ingest, prepare, train, consolidate, benchmark, smoke test, report, gate. What did not change is cached."""
     checked = preflight(config=config)
     raw = ingest(model=config.model, mix=config.mix, benchmark=config.benchmark, pack=config.pack)
     checked >> raw.base  # order: a run that cannot work ends before it begins
@@ -70,6 +72,15 @@ def finetune(config: Recipe) -> Finetuned:
     base_scores = benchmark(model=raw.base, data=raw.data, config=config.benchmark)
     tuned_scores = benchmark(model=model, data=raw.data, config=config.benchmark)
     smoked = smoke(model=model, data=raw.data, config=config.smoke)
+    dialled = dial(
+        model=model,
+        data=raw.data,
+        benchmark=config.benchmark,
+        config=config.report,
+        base_scores=base_scores,
+        tuned_scores=tuned_scores,
+    )
+    probed = probe(model=model, base=raw.base, config=config.probe)
     page = report(
         config=config,
         base=raw.base,
@@ -80,6 +91,8 @@ def finetune(config: Recipe) -> Finetuned:
         base_scores=base_scores,
         tuned_scores=tuned_scores,
         smoke=smoked,
+        dial=dialled,
+        probe=probed,
     )
     promoted = promote(config=config, model=model, base_scores=base_scores, tuned_scores=tuned_scores)
     page >> promoted  # order: a model that the gate stops has its report

@@ -32,7 +32,7 @@ def evaluate_task(task: Task, models: Any, folder: Path) -> None:
         total = sum(_requests(each, task.limit) for each in loaded["tasks"].values())
         began = time.monotonic()
         with track(f"{task.name}", total=total) as advance:
-            lm = models.of(task.kind, advance)
+            lm = models.of(task, advance)
             result = _run(task, loaded, lm)
             advance(total)
     rows = items_of(task, result.pop("samples"), lm)
@@ -43,7 +43,7 @@ def evaluate_task(task: Task, models: Any, folder: Path) -> None:
     versions = sorted({str(version) for version in result["versions"].values()})
     about = {"title": task.title, "suite": task.suite, "kind": task.kind, "version": ", ".join(versions)}
     about |= {"items": len(rows), "tokens": tokens_of(rows), "metrics": metrics_of(task, rows)}
-    about |= {"seconds": round(time.monotonic() - began, 1), "backend": models.backend(task.kind)}
+    about |= {"seconds": round(time.monotonic() - began, 1), "backend": models.backend(task)}
     (folder / "task.json").write_text(json.dumps(about, indent=1))
 
 
@@ -59,7 +59,7 @@ def _load(task: Task, scratch: str) -> Loaded:
         loaded = load(task)
     else:
         files = [f | {"dataset_kwargs": f["dataset_kwargs"] | {"cache_dir": scratch}} for f in task.harness]
-        loaded = TaskManager(include_defaults=False).load(files)
+        loaded = dict(TaskManager(include_defaults=False).load(files))
     for each in loaded["tasks"].values():
         shots = each.get_config("num_fewshot") if task.shots is None else task.shots
         each.set_config(key="num_fewshot", value=shots or 0)
@@ -87,6 +87,7 @@ def _run(task: Task, loaded: Loaded, lm: Any) -> dict[str, Any]:
         log_samples=True,
         bootstrap_iters=0,
         apply_chat_template=task.chat,
+        confirm_run_unsafe_code=task.kind == "code",  # in the sandbox, where the recipe allows it
         fewshot_as_multiturn=task.chat,
     )
     if result is None:

@@ -124,12 +124,9 @@ class TokenLM(TemplateLM):
                 "leave the task out"
             )
         tokens, size = maybe_truncate(self.tok_encode(text), size, self.max_length, verbose=False)
-        sampled = found.pop("do_sample") and {
-            name: kind(found[name])
-            for name, kind in (("temperature", float), ("top_p", float), ("top_k", int))
-            if name in found
-        }
-        return Prompt(tokens, size, until, seed=seed, **(sampled or {}))
+        names = ("temperature", "top_p", "top_k") if found.pop("do_sample") else ()
+        sampled: dict[str, Any] = {name: found[name] for name in names if name in found}
+        return Prompt(tokens, size, until, seed=seed, **sampled)
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
         return postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), until, None)

@@ -26,13 +26,14 @@ def read_items(folder: Path, name: str) -> list[Row]:
 
 
 def write_items(file: Path, rows: Sequence[Row]) -> None:
-    """{id, subtask, prompt, target, output, correct, score, loss (nats over the target), tokens (of the target)}."""
+    """{id, subtask, prompt, target, output, correct, score, loss (nats over the target), tokens (of the target), reason
+    (why a program failed)}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {"id": pa.int64(), "subtask": pa.string(), "prompt": pa.string(), "target": pa.string()}
     types |= {"output": pa.string(), "correct": pa.bool_(), "score": pa.float64()}
-    types |= {"loss": pa.float64(), "tokens": pa.int64()}
+    types |= {"loss": pa.float64(), "tokens": pa.int64(), "reason": pa.string()}
     file.parent.mkdir(exist_ok=True, parents=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=pa.schema(list(types.items()))), file, compression="zstd")
 
@@ -87,7 +88,8 @@ def _row(task: Task, sample: Sample, lm: Any) -> Row:
     row |= {"prompt": _argument(sample, 0)[0], "score": _measured(task, sample)}
     if task.kind == "choice":
         return row | _choice(task, sample, lm)
-    return row | {"target": _target(doc, sample), "output": _said(sample)}
+    row |= {"target": _target(doc, sample), "output": _said(sample)}
+    return row | ({"reason": sample["filtered_resps"][0]["reason"]} if task.kind == "code" else {})
 
 
 def _likelihood(task: Task, sample: Sample, lm: Any) -> Row:

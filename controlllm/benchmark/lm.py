@@ -1,6 +1,15 @@
 """The model under test as lm-evaluation-harness sees it, and what runs it.
 
-`auto` takes the faster backend for each kind of task.
+`auto` lets vLLM write answers and transformers score given ones. bench/benchmark_backends.py with SmolLM2-135M in
+bfloat16, 16 requests of each sort, in seconds on two cores that others used too (GPUs were not measured):
+
+                              transformers   vLLM
+    start                                2     53
+    written answers                     85     16
+    choices                              8      8
+    choices after 5 examples            13     41   of several tokens: vLLM runs the examples again for each
+    letters after 5 examples             5      2
+    texts                               81      6   of uneven lengths in one padded batch
 """
 
 import importlib.util
@@ -25,12 +34,13 @@ VLLM_ROOM = 512  # requests that an engine may have at a time; it computes as ma
 VLLM_LENGTH = 4096  # tokens; an engine for longer ones is started when they come
 # vLLM counts a token that is only looked at, where the model's length is full already.
 LONGER = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+VLLM_ITEMS = 200  # answers; fewer are written before an engine has started
 HF = "set benchmark.backend to hf"
 
 
 @contextmanager
-def open_lm(model: Path, config: BenchmarkConfig, kind: str, advance: Advance) -> Iterator[TokenLM]:
-    """An lm_eval LM for tasks of a kind; `advance` is told how many sequences are done.
+def open_lm(model: Path, config: BenchmarkConfig, backend: str, advance: Advance) -> Iterator[TokenLM]:
+    """An lm_eval LM on hf or vllm (see `backend_of`); `advance` is told how many sequences are done.
 
     Nothing of a backend in processes of its own starts before the first sequence. UserError where it cannot run.
     """
@@ -38,7 +48,7 @@ def open_lm(model: Path, config: BenchmarkConfig, kind: str, advance: Advance) -
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer, shape = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
-    if backend_of(kind, config, model) == "vllm":
+    if backend == "vllm":
         length = resolve_max_length(shape, tokenizer)
         engine: Any = _VLLM(model, config, length=length, stop=stop_tokens(model, tokenizer))
     elif (processes := processes_of(config)) > 1:
@@ -51,8 +61,11 @@ def open_lm(model: Path, config: BenchmarkConfig, kind: str, advance: Advance) -
         engine.close()
 
 
-def backend_of(kind: str, config: BenchmarkConfig, model: Path | None = None) -> str:
-    """hf or vllm. UserError where vLLM is asked for and not installed, or cannot run the model."""
+def backend_of(kind: str, config: BenchmarkConfig, model: Path | None = None, items: int | None = None) -> str:
+    """hf or vllm; the same for a base and what was made of it. items: of the task, None where they are many.
+
+    UserError where vLLM is asked for and not installed, or cannot run the model.
+    """
     installed = importlib.util.find_spec("vllm") is not None
     virtual = model is not None and has_virtual_tokens(model)
     if config.backend == "vllm" and not installed:
@@ -64,7 +77,8 @@ def backend_of(kind: str, config: BenchmarkConfig, model: Path | None = None) ->
         raise UserError(f"benchmark.backend: {model} has virtual tokens, which vLLM has no place for; {HF}")
     if config.backend != "auto":
         return config.backend
-    return "vllm" if installed and not virtual and kind in GENERATED else "hf"
+    worth = kind in GENERATED and (items is None or items >= VLLM_ITEMS)
+    return "vllm" if installed and worth and not virtual else "hf"
 
 
 def processes_of(config: BenchmarkConfig) -> int:

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from controlllm.benchmark.task import Task
 from controlllm.config import BenchmarkConfig
 from controlllm.progress import Advance
 
@@ -22,21 +23,22 @@ class Models:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def backend(self, kind: str) -> str:
+    def backend(self, task: Task) -> str:
+        """hf or vllm: for the same task the same for every model, so that two of them can be compared."""
         from controlllm.benchmark.lm import backend_of
 
-        return backend_of(kind, self.config, self.model)
+        return backend_of(task.kind, self.config, self.model, task.items)
 
-    def of(self, kind: str, advance: Advance) -> Any:
-        """An lm_eval LM that runs tasks of this kind; `advance` is told how many sequences of the task are done."""
+    def of(self, task: Task, advance: Advance) -> Any:
+        """An lm_eval LM that runs the task; `advance` is told how many sequences of the task are done."""
         from controlllm.benchmark.lm import open_lm
 
         self._advance = advance
-        backend = self.backend(kind)
+        backend = self.backend(task)
         if self._open is None or self._open[0] != backend:
             self.close()
             stack = ExitStack()
-            lm = stack.enter_context(open_lm(self.model, self.config, kind, self._tell))
+            lm = stack.enter_context(open_lm(self.model, self.config, backend, self._tell))
             self._open = (backend, stack, lm)
         lm = self._open[2]
         lm.done = 0

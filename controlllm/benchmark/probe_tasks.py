@@ -31,6 +31,7 @@ def probe_task(name: str, data: Path) -> Task:
         harness=tuple(_file(each, items) for each in names),
         measure=MEASURES.get(probe.kind, "loss"),
         filter=FILTERS.get(probe.kind, "none"),
+        items=len(items.read_text(encoding="utf-8").splitlines()),
         data=hash_file(items),
     )
 

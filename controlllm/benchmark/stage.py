@@ -36,7 +36,7 @@ def benchmark(model: Path, data: Path | None, config: BenchmarkConfig) -> Output
                 made[task.name] = _measure(task, model, config, models)
             except Miss:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever ends one task, the others go on; said at the end
+            except Exception as error:
                 if "--debug" in sys.argv:
                     raise
                 failed[task.name] = one_line(error)
@@ -73,7 +73,7 @@ def _first(failed: dict[str, str]) -> str:
 def _measure(task: Task, model: Path, config: BenchmarkConfig, models: Any) -> Path:
     from controlllm.benchmark.evaluate import evaluate_task
 
-    settings = {"task": _definition(task), "dtype": config.dtype, "backend": models.backend(task.kind)}
+    settings = {"task": _definition(task), "dtype": config.dtype, "backend": models.backend(task)}
     return run_stage(
         "benchmark task",
         config=settings | ({"run_code": True} if task.kind == "code" else {}),

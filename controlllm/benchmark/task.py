@@ -35,6 +35,8 @@ class Task:
     """Items, of each subtask; all when None."""
     include: Path | None = None
     """A folder of task files that `harness` names."""
+    items: int | None = None
+    """How many there are, where that is known before they are loaded."""
     data: str | None = None
     """What the items are, where `harness` does not say: a hash of their file, or of a folder of datasets."""
 

@@ -92,7 +92,12 @@ def _named(
             raise UserError(f"benchmark: {name} needs items that ingest makes; run it with a recipe")
         return [probe_task(probe, data) for probe in probes]
     found = _suite(name, prompts, Path(config.data) if config.data else None)
-    return [replace(task, limit=config.items_of(task.name)) for task in found]
+    return [_limited(task, config.items_of(task.name)) for task in found]
+
+
+def _limited(task: Task, limit: int | None) -> Task:
+    """Of groups, whose subtasks are limited each, the number of items is not known."""
+    return replace(task, limit=limit, items=limit if len(task.harness) == 1 else None)
 
 
 def _suite(name: str, prompts: Literal["instruct", "pretrain"] = "instruct", data: Path | None = None) -> list[Task]:

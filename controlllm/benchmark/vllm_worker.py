@@ -51,7 +51,8 @@ def open_engine(model: str, *, dtype: str, longest: int, gpus: int) -> Any:
 
     register()
     look_at_the_model_class_here(model)
-    on_gpu: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY, "tensor_parallel_size": gpus}
+    on_gpu = {"gpu_memory_utilization": GPU_MEMORY, "tensor_parallel_size": gpus}
+    memory: dict[str, Any] = on_gpu if gpus else {"kv_cache_memory_bytes": CPU_KV_CACHE, "block_size": BLOCK}
     engine = LLM(
         model=model,
         dtype=dtype,  # type: ignore[arg-type]
@@ -59,7 +60,7 @@ def open_engine(model: str, *, dtype: str, longest: int, gpus: int) -> Any:
         enforce_eager=True,
         max_model_len=longest,
         disable_log_stats=True,
-        **(on_gpu if gpus else {"kv_cache_memory_bytes": CPU_KV_CACHE, "block_size": BLOCK}),
+        **memory,
     )
     return engine.llm_engine
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from controlllm.config.assess import BenchmarkConfig, ReportConfig, SmokeConfig, ValidationConfig
+from controlllm.config.assess import BenchmarkConfig, ProbeConfig, ReportConfig, SmokeConfig, ValidationConfig
 from controlllm.config.base import Config, Name
 from controlllm.config.data import MixConfig, PackConfig
 from controlllm.config.method import (
@@ -44,7 +44,22 @@ class RunConfig(Config):
     validation: ValidationConfig | None = None
     benchmark: BenchmarkConfig = BenchmarkConfig()
     smoke: SmokeConfig | None = SmokeConfig()
+    probe: ProbeConfig | None = None
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_backend_for_both(cls, values: Any) -> Any:
+        """vLLM has no place for virtual tokens, and a base is measured as what was made of it."""
+        if isinstance(values, dict) and values.get("prompt") and isinstance(values.get("benchmark", {}), dict):
+            return values | {"benchmark": {"backend": "hf"} | values.get("benchmark", {})}
+        return values
+
+    @model_validator(mode="after")
+    def _dial_has_twins(self) -> "RunConfig":
+        if self.report.dial and not self.control:
+            raise ValueError("report.dial turns twins down, and this run has none: leave it out, or give control")
+        return self
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":

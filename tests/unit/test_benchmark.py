@@ -74,7 +74,7 @@ def test_a_failed_task_does_not_lose_the_others(tiny_base, monkeypatch, capsys):
     found = scores_of(output)
     assert set(found["tasks"]) == {"puzzles", "python"}
     assert list(found["failed"]) == ["chat"]
-    with pytest.raises(UserError, match="1 of 3 tasks failed: chat: .*division by zero"):
+    with pytest.raises(UserError, match=r"1 of 3 tasks failed: chat: .*division by zero"):
         stage.refuse_failed(output.path)
     assert "chat failed" in capsys.readouterr().err
     assert not scores_of(measured(tiny_base, config(old=["chat", "python"])))["failed"]

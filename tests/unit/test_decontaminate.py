@@ -72,7 +72,7 @@ def test_across_many_texts_and_from_a_file(tmp_path):
 
 
 def test_a_benchmark_question_is_found_and_nothing_else():
-    probe = PROBES["mmlu"]
+    probe = PROBES["mmlu-dev"]
     items = [item for row in read_rows(probe.source) for item in probe.items(row)]
     questions = [re.sub(r"^Question: |\nAnswer:$", "", item["prompt"]) for item in items]
     found = Contamination.of(questions, words=13)

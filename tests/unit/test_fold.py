@@ -294,7 +294,7 @@ def test_command_folds_two_runs_and_measures_probes(tmp_path, tokenizer, text, s
 
 def test_default_text_is_the_held_out_probes(tokenizer):
     documents = distance.read_documents(None, tokenizer)
-    assert {d.source for d in documents} == {"prose", "code", "chat"}
+    assert {d.source for d in documents} == {"prose", "python", "chat"}
     assert all(1 < len(d.ids) <= distance.TOKENS for d in documents)
 
 

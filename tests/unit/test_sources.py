@@ -80,11 +80,12 @@ def test_what_cannot_be_read_is_one_line(files, source, says):
 
 def test_a_file_of_a_package_keeps_its_name():
     folder = package_folder("controlllm", "")
-    units = list_source("pkg://controlllm/benchmarks/*.yaml", unit_rows=10).units
+    units = list_source("pkg://controlllm/benchmark/probes/*.yaml", unit_rows=10).units
     assert [unit.uri for unit in units] == [
-        f"pkg://controlllm/benchmarks/{file.name}" for file in sorted((folder / "benchmarks").glob("*.yaml"))
+        f"pkg://controlllm/benchmark/probes/{file.name}"
+        for file in sorted((folder / "benchmark" / "probes").glob("*.yaml"))
     ]
-    assert all(row for row in read_rows("pkg://controlllm/benchmarks/*.yaml"))
+    assert all(row for row in read_rows("pkg://controlllm/benchmark/probes/*.yaml"))
 
 
 def test_parts_of_a_hub_name():
