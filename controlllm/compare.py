@@ -48,18 +48,18 @@ def comparison_table(comparison: Json, title: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "task", title=Text(title), title_justify="left", show_edge=False)
-    for column in ("items", "before", "after", "difference (95 %)", "won/lost", "p adjusted"):
-        table.add_column(column, justify="right")
+    table = Table("task", title=Text(title), title_justify="left", show_edge=False)
+    for column in ("before\nafter", "difference\n(95 %)", "won\nlost", "p\nadjusted"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     tasks = comparison["tasks"]
     for role in ("new", "old", "drift"):
         for task in (each for each in tasks.values() if each["role"] == role):
-            table.add_row(role, *_cells(task))
+            table.add_row(*_cells(task, role))
     for suite in comparison["suites"].values():
-        table.add_row("mean", *_cells(suite | {"gained": None}), style="italic")
+        table.add_row(*_cells(suite | {"gained": None}, "mean"), style="italic")
     for name, why in comparison["left_out"].items():
-        table.add_row("", Text(name), "", "", "", "", "", "", Text(f"not compared: {why}", style="yellow"))
+        table.add_row(Text(name), "", "", "", "", Text(f"not compared: {why}", style="yellow"))
     return table
 
 
@@ -133,16 +133,18 @@ def to_html(parts: Sequence[Any], title: str) -> str:
     return page.export_html(inline_styles=True)
 
 
-def _cells(task: Mapping[str, Any]) -> list[Any]:
+def _cells(task: Mapping[str, Any], role: str) -> list[Any]:
+    """Two lines each: a terminal of 80 columns shows every number whole."""
     from rich.text import Text
 
     metric = task["metric"]
-    difference = f"{format_signed(task['difference'], metric)} ({format_range(task['low'], task['high'], metric)})"
-    flips = "" if task["gained"] is None else f"{task['gained']}/{task['lost']}"
-    values = (format_value(task[end], metric) for end in ("before", "after"))
+    title = Text(task["title"]).append(f"\n{role} · {task['items']:,} items", style="dim")
+    difference = f"{format_signed(task['difference'], metric)}\n({format_range(task['low'], task['high'], metric)})"
+    flips = "" if task["gained"] is None else f"{task['gained']}\n{task['lost']}"
+    values = "\n".join(format_value(task[end], metric) for end in ("before", "after"))
     p = "" if task["verdict"] == "drifted" else format_p(task["p_adjusted"]).removeprefix("p ").removeprefix("= ")
     verdict = Text(_verdict(task), style=COLOURS.get(task["verdict"], "yellow"))
-    return [Text(task["title"]), f"{task['items']:,}", *values, difference, flips, p, verdict]
+    return [title, values, difference, flips, p, verdict]
 
 
 def _verdict(task: Mapping[str, Any]) -> str:

@@ -69,6 +69,19 @@ class Results:
                 for way in _ways(run, measure, dial=name.endswith(DIAL)))  # fmt: skip
         return min((value for way in ways for value in _at_least(way, gain)), default=None)
 
+    def deciding(self, method: str, levels: Sequence[float]) -> set[str]:
+        """Learning rates that forget least at some level, by either measure, with or without the dial."""
+        own = [run for run in self.runs if run["method"] == method]
+        alone = {run["lr"]: Results([run]) for run in own}
+        found = set()
+        for name in self.names([method]):
+            for measure in ("old", "kl"):
+                for level in levels:
+                    least = {lr: one.cell(name, measure, level).mean for lr, one in alone.items()}
+                    reached = {lr: value for lr, value in least.items() if not math.isnan(value)}
+                    found |= {min(reached, key=lambda lr: reached[lr])} if reached else set()
+        return found or set(alone)
+
     def score(self, name: str, levels: Sequence[float]) -> float:
         """Mean KL over the levels, infinite when one is not reached by all seeds: what settings are ranked by."""
         cells = [self.cell(name, "kl", level) for level in levels]

@@ -1,7 +1,7 @@
 """The experiment as experiment.yaml says it, and which runs it consists of."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class Experiment:
         return [float(level) for level in self.values["levels"]]
 
     @property
+    def first_seed(self) -> int:
+        return int(self.values["seeds"][0])
+
+    @property
     def finalists(self) -> int:
         return int(self.values["finalists"])
 
@@ -81,18 +85,15 @@ class Experiment:
         return list(self.values["tuning"])
 
     def planned(self) -> Iterator[Run]:
-        """All methods and learning rates of the first seed, of the second, ...; then the tuning, of the first seed."""
-        seeds = [int(seed) for seed in self.values["seeds"]]
-        for seed in seeds:
-            yield from (run for method in self.methods for run in self.runs(method, seed))
-        for method in self.tuning:
-            yield from self.runs(method, seeds[0])
+        """All methods and learning rates, then those of the tuning, of the first seed."""
+        for method in (*self.methods, *self.tuning):
+            yield from self.runs(method, self.first_seed)
 
-    def later(self, methods: Iterable[str]) -> Iterator[Run]:
-        """The other seeds of settings that did well with the first."""
-        for method in methods:
-            for seed in self.values["seeds"][1:]:
-                yield from self.runs(method, int(seed))
+    def later(self, rates: Mapping[str, Collection[str]]) -> Iterator[Run]:
+        """The other seeds of methods, at the learning rates that decided something with the first."""
+        for seed in self.values["seeds"][1:]:
+            for method, chosen in rates.items():
+                yield from (run for run in self.runs(method, int(seed)) if run.lr in chosen)
 
     def runs(self, method: str, seed: int) -> Iterator[Run]:
         """One for each learning rate of the method."""

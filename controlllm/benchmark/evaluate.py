@@ -59,7 +59,7 @@ def _load(task: Task, scratch: str) -> Loaded:
         loaded = load(task)
     else:
         files = [f | {"dataset_kwargs": f["dataset_kwargs"] | {"cache_dir": scratch}} for f in task.harness]
-        loaded = dict(TaskManager(include_defaults=False).load(files))
+        loaded: Loaded = {**TaskManager(include_defaults=False).load(files)}
     for each in loaded["tasks"].values():
         shots = each.get_config("num_fewshot") if task.shots is None else task.shots
         each.set_config(key="num_fewshot", value=shots or 0)

@@ -139,7 +139,7 @@ def _sentence(tasks: Mapping[str, Json], names: Mapping[str, Sequence[str]], poo
 
 def _average(old: Json) -> str:
     if old["low"] >= 0:
-        return f"on average {_number(old['difference'])} {old['unit']} over old skills"
+        return f"on average {_number(old['difference']).lstrip('+')} {old['unit']} better over old skills"
     worst = f"at most {-old['low']:.1f} {old['unit']} worse on average (95 %)"
     return f"{worst}; {format_items(old['needed'])}" if old["verdict"] == "undecided" else worst
 

@@ -127,7 +127,7 @@ def test_nothing_is_delivered_by_a_question(capsys, home):
     (["mix.datasets.0.preprocess=[{strip: {}}]"], "prepare: because datasets.a.preprocess", "dataset changed"),
     (["pack.max_bad_rows=0.5"], "prepare: because pack.max_bad_rows (0.001 → 0.5)", None),
     (["mix.datasets.0.name=c"], "ingest data: because source.", ""),
-    (["benchmark.items=3"], "ingest data: because benchmark.items (2 → 3)", ""),
+    (["benchmark.items=3"], "ingest data: because probes.puzzles (2 → 3)", ""),
     (["mix.decontaminate=none"], 'ingest data: because mix.decontaminate ("exact" → "none")', ""),
     (["pack.unit_rows=32"], "ingest data: because source.a", ""),
     (["mix.datasets.0.rows=100"], "ingest data: because source.a", ""),
