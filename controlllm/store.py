@@ -257,6 +257,8 @@ def _why(home: Path, inputs: dict[str, Any]) -> str:
         for folder in home.iterdir()
         if not folder.name.startswith(".") and (lineage := find_lineage(folder))
     ]
+    # Another task is no earlier version of this one.
+    stored = [other for other in stored if other.get("task.name") == inputs.get("task.name")]
     if not stored:
         return "first time"
     nearest = min(stored, key=lambda other: len(_differing(inputs, other)))

@@ -31,7 +31,7 @@ def evaluate_task(task: Task, models: Any, folder: Path) -> None:
         loaded = _load(task, scratch)
         total = sum(_requests(each, task.limit) for each in loaded["tasks"].values())
         began = time.monotonic()
-        with track(f"{task.name}", total=total) as advance:
+        with track(task.name, total=total) as advance:
             lm = models.of(task, advance)
             result = _run(task, loaded, lm)
             advance(total)

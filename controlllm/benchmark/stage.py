@@ -31,9 +31,9 @@ def benchmark(model: Path, data: Path | None, config: BenchmarkConfig) -> Output
     made: dict[str, Path] = {}
     failed: dict[str, str] = {}
     with Models(model, config) as models, running_code(config.run_code):
-        for task in tasks:
+        for number, task in enumerate(tasks, start=1):
             try:
-                made[task.name] = _measure(task, model, config, models)
+                made[task.name] = _measure(task, model, config, models, f"{number} of {len(tasks)}")
             except Miss:
                 raise
             except Exception as error:
@@ -70,7 +70,7 @@ def _first(failed: dict[str, str]) -> str:
     return f"{name}: {said}{more}"
 
 
-def _measure(task: Task, model: Path, config: BenchmarkConfig, models: Any) -> Path:
+def _measure(task: Task, model: Path, config: BenchmarkConfig, models: Any, place: str) -> Path:
     from controlllm.benchmark.evaluate import evaluate_task
 
     settings = {"task": _definition(task), "dtype": config.dtype, "backend": models.backend(task)}
@@ -79,7 +79,7 @@ def _measure(task: Task, model: Path, config: BenchmarkConfig, models: Any) -> P
         config=settings | ({"run_code": True} if task.kind == "code" else {}),
         parents={"model": model},
         build=lambda folder: evaluate_task(task, models, folder),
-        label=task.name,
+        label=f"{task.name} ({place})",
     ).path
 
 
