@@ -22,7 +22,9 @@ def is_checkpoint(target: str) -> bool:
 
 def results_folder(checkpoint: Path) -> Path:
     """Where the results of a checkpoint are, wherever it was moved: named by what it holds."""
-    return HOME / f"{checkpoint.absolute().name}-{content_hash(checkpoint.resolve())[:8]}"
+    place = checkpoint.absolute()
+    name = place.parent.name if place.name in ("model", "refused") else place.name  # a run's link: the run's name
+    return HOME / f"{name}-{content_hash(checkpoint.resolve())[:8]}"
 
 
 def measure(checkpoint: Path, config: BenchmarkConfig, *, to: Path | None = None) -> Path:
@@ -30,7 +32,7 @@ def measure(checkpoint: Path, config: BenchmarkConfig, *, to: Path | None = None
 
     Tasks that the folder has from before stay in it, unless they are measured again.
     """
-    checkpoint = checkpoint.resolve()
+    folder, checkpoint = to or results_folder(checkpoint), checkpoint.resolve()
     data = None
     if probes := probes_of(config):
         if "drift" in probes:
@@ -39,9 +41,8 @@ def measure(checkpoint: Path, config: BenchmarkConfig, *, to: Path | None = None
 
         data = ingest_data(checkpoint, None, config, PackConfig()).path
     made = benchmark(checkpoint, data, config).path
-    folder = to or results_folder(checkpoint)
     scores = _merge(made, folder)
-    console.print(_table(scores, checkpoint.name))
+    console.print(_table(scores, folder.name))
     console.print(f"{folder / 'scores.json'}\nnext: controlllm compare BASE {folder}", markup=False)
     refuse_failed(made)
     return folder
