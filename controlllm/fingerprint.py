@@ -17,6 +17,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "ingest model": ("base_model.py", "base_facts.py", "gguf_header.py", "data/sources.py"),
     "ingest data": (
         "ingest.py",
+        "benchmark/questions.py",
         *(f"data/{name}.py" for name in ("catalog", "decontaminate", "generated", "held_out", "manifest", "probes")),
     ),
     "prepare": ("prepare.py", "data"),

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from controlllm.benchmark.tasks import probes_of
+from controlllm.benchmark.questions import suite_questions
+from controlllm.benchmark.tasks import probes_of, suite_tasks_of
 from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig, PackConfig
 from controlllm.data.catalog import find_dataset
 from controlllm.data.manifest import Manifest, list_source
@@ -79,8 +80,11 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
             items = _probe_items(PROBES[name], base, tokenizer, benchmark)
             _write(folder / "probes" / f"{name}.jsonl", items)
             measured += items
-        if mix and (held_out := HeldOut.of(measured, mode=mix.decontaminate, words=mix.decontaminate_words)):
-            held_out.save(folder / "held_out")
+        if mix and mix.decontaminate != "none":
+            measured += suite_questions(benchmark)
+            held_out = HeldOut.of(measured, mode=mix.decontaminate, words=mix.decontaminate_words)
+            if held_out:
+                held_out.save(folder / "held_out")
         (folder / "manifests").mkdir()
         for name, manifest in manifests.items():
             (folder / "manifests" / f"{name}.json").write_text(json.dumps(manifest.to_json(), indent=1))
@@ -90,6 +94,8 @@ def ingest_data(base: Path, mix: MixConfig | None, benchmark: BenchmarkConfig, p
         "probes": {name: benchmark.items_of(name) for name in measured_probes},
         "source": {name: content_of(manifest.to_json()) for name, manifest in manifests.items()},
     }
+    if mix and mix.decontaminate != "none":
+        config["suites"] = {task.name: task.data or "Hub" for task in suite_tasks_of(benchmark)}
     return run_stage("ingest data", config=config, parents={"ingest model": base}, build=build)
 
 

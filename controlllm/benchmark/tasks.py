@@ -42,6 +42,13 @@ def code_tasks(name: str) -> list[str]:
     return [] if probes_in(name) else [task.name for task in _suite(name) if task.kind == "code"]
 
 
+def suite_tasks_of(config: BenchmarkConfig) -> list[Task]:
+    """Those of lm-eval, each once; they ask the same whatever the prompts are."""
+    data = Path(config.data) if config.data else None
+    names = [name for name in (*config.new, *config.old) if not probes_in(name)]
+    return list({task.name: task for name in names for task in _suite(name, data=data)}.values())
+
+
 def roles_and_names(config: BenchmarkConfig) -> list[str]:
     """What a gate may name: new, old, and every suite and task that is measured."""
     names = ["new", "old"]

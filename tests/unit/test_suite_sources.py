@@ -7,9 +7,11 @@ import datasets
 import pytest
 from suite_data import write_dataset
 
+from controlllm import pipeline
 from controlllm.benchmark.suites import load, suite_tasks
 from controlllm.benchmark.suites.needs import require
 from controlllm.benchmark.suites.source import Source
+from controlllm.config import load_config
 from controlllm.errors import UserError
 
 
@@ -87,3 +89,30 @@ def test_ifeval_says_where_its_splitter_comes_from(monkeypatch):
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
     with pytest.raises(UserError, match=r"x needs NLTK's data punkt_tab.*NLTK_DATA"):
         require("x", ["punkt_tab"])
+
+
+def prepared(recipe, tmp_path, *changes):
+    """The questions of a file with a suite's question in it, and what came of them."""
+    asked = [json.loads(line)["question"] for line in (tmp_path / "openai/gsm8k/main/test.jsonl").open()]
+    rows = [{"question": text, "answer": "1"} for text in (asked[0].upper(), "What is one and one, my friend?")]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = "{prompt: question, completion: answer}"
+    own = f"{{name: own, source: {tmp_path}/own.jsonl, format: prompt_completion, fields: {fields}}}"
+    settings = [f"mix.datasets=[{own}]", "benchmark.new=[gsm8k]", f"benchmark.data={tmp_path}"]
+    settings += ["pack.validation_fraction=0", "validation=null", *changes]
+    pipeline.run(load_config(recipe, *settings), until="prepare")
+
+
+def test_what_a_suite_asks_is_not_trained_on(recipe, store, tmp_path):
+    write_dataset(tmp_path, "openai/gsm8k", "main")
+    prepared(recipe, tmp_path)
+    (stats,) = store.glob("prepare/*/stats.json")
+    assert json.loads(stats.read_text())["packed_rows"] == 1
+    assert json.loads(stats.read_text())["filtered_rows"] == 1
+
+
+def test_items_that_cannot_be_had_end_it_before_training(recipe, store, tmp_path):
+    write_dataset(tmp_path, "openai/gsm8k", "main")
+    with pytest.raises(UserError, match=r"the items of mmlu cannot be had.*cais/mmlu"):
+        prepared(recipe, tmp_path, "benchmark.old=[mmlu, chat]")
+    prepared(recipe, tmp_path, "benchmark.old=[mmlu, chat]", "mix.decontaminate=none")
