@@ -34,12 +34,13 @@ CODE: dict[str, tuple[str, ...]] = {
         *(f"benchmark/{name}.py" for name in ("code", "sandbox", "sandbox_child", "sandbox_calls")),
         "benchmark/code_tasks",
         "benchmark/suites",
+        "vllm_engine.py",
         "control",
     ),
     "benchmark": ("benchmark/stage.py",),
     "dial": ("dial.py", "dial_stage.py", "statistics"),
     "probe": ("probe", "control"),
-    "smoke": ("smoke.py", "smoke_worker.py", "vllm_plugin.py", "control"),
+    "smoke": ("smoke.py", "smoke_worker.py", "vllm_engine.py", "vllm_plugin.py", "control"),
     "report": ("deliver.py", "report", "charts.py", "gate.py", "statistics", "templates"),
 }
 LIBRARIES: dict[str, tuple[str, ...]] = {

@@ -2,37 +2,25 @@
 
 import importlib.util
 import json
-import os
-import re
-import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+from controlllm import vllm_process
 from controlllm.config import SmokeConfig
 from controlllm.errors import UserError
-from controlllm.fingerprint import PACKAGE
 from controlllm.progress import console
 from controlllm.store import Output, run_stage
-from controlllm.tuned import has_virtual_tokens
+from controlllm.tuned import has_virtual_tokens, stop_tokens
+from controlllm.vllm_engine import ENVIRONMENT
+from controlllm.vllm_process import cause_of, keep_log
 
 TIMEOUT_SECONDS = 1800.0
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait made generation 20 × slower on busy cores
-}
 
 Tokens = list[list[int]]
 
@@ -100,15 +88,6 @@ def _prompts(data: Path, count: int) -> list[str]:
     return prompts[:count]
 
 
-def stop_tokens(model: Path, tokenizer: Any) -> list[int]:
-    """What ends a text: the EOS tokens of the model's files and the tokenizer's."""
-    stop = {tokenizer.eos_token_id}
-    for file in (model / "config.json", model / "generation_config.json"):
-        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        stop |= set(named if isinstance(named, list) else [named])
-    return sorted(stop - {None})
-
-
 def _transformers_tokens(request: dict[str, Any]) -> Tokens:
     import torch
 
@@ -147,17 +126,9 @@ def _vllm() -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="controlllm-smoke-") as scratch:
         log = Path(scratch, "worker.log")
         answer = Path(scratch, "answer.json")
-        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [vllm_process.python(), "-m", "controlllm.smoke_worker", str(answer)]
         with log.open("wb") as stream:
-            process = subprocess.Popen(  # noqa: S603 - this Python, and a path made here
-                [sys.executable, "-m", "controlllm.smoke_worker", str(answer)],
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.PIPE,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+            process = vllm_process.start(command, environment=ENVIRONMENT, log=stream)
 
         def ask(request: dict[str, Any]) -> dict[str, Any]:
             assert process.stdin is not None
@@ -174,9 +145,7 @@ def _vllm() -> Iterator[Any]:
         try:
             yield ask
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            vllm_process.end(process)
             assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.close()
@@ -184,28 +153,6 @@ def _vllm() -> Iterator[Any]:
 
 def _fail(cause: str, log: Path) -> NoReturn:
     raise UserError(f"smoke: vLLM failed: {cause}; its log is {keep_log(log, 'smoke')}")
-
-
-def keep_log(log: Path, stage: str) -> str:
-    """The path of a copy that outlives the stage."""
-    handle, kept = tempfile.mkstemp(prefix=f"controlllm-{stage}-", suffix=".log")
-    os.close(handle)
-    shutil.copyfile(log, kept)
-    return kept
-
-
-def cause_of(log: Path, code: int) -> str:
-    """The last error in the log, without vLLM's prefixes."""
-    if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}, which is often too little memory"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # A validation error of vLLM says on the next line what is wrong.
-    following = dict(pairwise(lines))
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-    if not errors:
-        return lines[-1] if lines else f"exit code {code}, without a word"
-    last = errors[-1]
-    return f"{last} {following[last]}" if "validation error" in last and last in following else last
 
 
 def _agreement(expected: Tokens, found: Tokens) -> float:

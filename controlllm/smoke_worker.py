@@ -10,23 +10,21 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-BLOCK = 32  # tokens; vLLM on a CPU wants a multiple of 32
+from controlllm.vllm_engine import BLOCK, open_llm
+
 KV_CACHE_LIMIT = 1 << 30  # bytes; named so that vLLM does not measure. The number of blocks is what is taken.
 
 
 def main(answer: Path) -> None:
     """Import vLLM, then wait for the request: the caller uses the machine meanwhile."""
     began = time.perf_counter()
-    from vllm import LLM, __version__
+    from vllm import __version__
 
-    from controlllm.vllm_plugin import register
-
-    register()
     imported = time.perf_counter()
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_the_caller, daemon=True).start()
     asked = time.perf_counter()
-    engine = _engine(LLM, request)
+    engine = _engine(request)
     loaded = time.perf_counter()
     tokens = _greedy(engine, request)
     answer.write_text(json.dumps({
@@ -39,31 +37,19 @@ def main(answer: Path) -> None:
     }))  # fmt: skip
 
 
-def _engine(llm: Any, request: dict[str, Any]) -> Any:
-    look_at_the_model_class_here(request["model"])
+def _engine(request: dict[str, Any]) -> Any:
     longest = max(map(len, request["prompts"])) + request["max_new_tokens"]
-    return llm(
-        model=request["model"],
+    return open_llm(
+        request["model"],
         dtype="float32",
-        generation_config="vllm",  # not the checkpoint's sampling defaults
-        enforce_eager=True,
-        max_model_len=longest,
+        longest=longest,
+        gpus=0,
         max_num_seqs=len(request["prompts"]),
         block_size=BLOCK,
         num_gpu_blocks_override=len(request["prompts"]) * (ceil(longest / BLOCK) + 1) + 1,
         kv_cache_memory_bytes=KV_CACHE_LIMIT,
-        disable_log_stats=True,
         skip_tokenizer_init=True,
     )
-
-
-def look_at_the_model_class_here(model: str) -> None:
-    """vLLM imports itself again in another process to look at a model class, 15 s; this process has CUDA untouched."""
-    from vllm import ModelRegistry
-
-    for name in json.loads((Path(model) / "config.json").read_text())["architectures"]:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _greedy(engine: Any, request: dict[str, Any]) -> list[list[int]]:

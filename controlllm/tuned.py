@@ -24,3 +24,12 @@ def has_virtual_tokens(folder: Path | str) -> bool:
     """Whether the folder's config.json says that the model was trained with some."""
     file = Path(folder, "config.json")
     return file.is_file() and bool(json.loads(file.read_text()).get("prompt"))
+
+
+def stop_tokens(folder: Path | str, tokenizer: Any) -> list[int]:
+    """What ends a text: the EOS tokens of the model's files and the tokenizer's."""
+    stop = {tokenizer.eos_token_id}
+    for file in (Path(folder, "config.json"), Path(folder, "generation_config.json")):
+        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        stop |= set(named if isinstance(named, list) else [named])
+    return sorted(stop - {None})

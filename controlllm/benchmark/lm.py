@@ -26,8 +26,8 @@ from controlllm.benchmark.workers import Start, Workers
 from controlllm.config import BenchmarkConfig
 from controlllm.errors import UserError
 from controlllm.progress import Advance
-from controlllm.smoke import ENVIRONMENT, stop_tokens
-from controlllm.tuned import has_virtual_tokens
+from controlllm.tuned import has_virtual_tokens, stop_tokens
+from controlllm.vllm_engine import ENVIRONMENT
 
 GENERATED = ("generate", "code")  # kinds of tasks whose answers the model writes
 VLLM_ROOM = 512  # requests that an engine may have at a time; it computes as many together as fit

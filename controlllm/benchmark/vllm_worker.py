@@ -6,10 +6,7 @@ from typing import Any
 
 from controlllm.benchmark.engine import Answer, Pair, Prompt
 from controlllm.benchmark.workers import requests_of
-
-BLOCK = 32  # tokens; vLLM on a CPU wants a multiple of 32
-CPU_KV_CACHE = 2 << 30  # bytes; by itself vLLM takes nearly all of a machine's memory
-GPU_MEMORY = 0.85  # share; the rest is for log-probabilities of prompts, which vLLM does not plan for
+from controlllm.vllm_engine import open_llm
 
 
 def serve(
@@ -23,7 +20,7 @@ def serve(
     stop: list[int],
 ) -> None:
     """longest: tokens of a request with its answer. gpus: those that the engine spans, 0 on a CPU. stop: EOS tokens."""
-    engine = open_engine(model, dtype=dtype, longest=longest, gpus=gpus)
+    engine = open_llm(model, dtype=dtype, longest=longest, gpus=gpus).llm_engine
     open_batches: dict[int, tuple[dict[str, Any], dict[int, Any]]] = {}  # number → (line, outputs by place)
     while True:
         while not engine.has_unfinished_requests() or not inbox.empty():
@@ -41,28 +38,6 @@ def serve(
                 if len(outputs) == len(requests):
                     send(line, [_answer(request, outputs[place], stop) for place, request in enumerate(requests)])
                     del open_batches[batch]
-
-
-def open_engine(model: str, *, dtype: str, longest: int, gpus: int) -> Any:
-    from vllm import LLM
-
-    from controlllm.smoke_worker import look_at_the_model_class_here
-    from controlllm.vllm_plugin import register
-
-    register()
-    look_at_the_model_class_here(model)
-    on_gpu = {"gpu_memory_utilization": GPU_MEMORY, "tensor_parallel_size": gpus}
-    memory: dict[str, Any] = on_gpu if gpus else {"kv_cache_memory_bytes": CPU_KV_CACHE, "block_size": BLOCK}
-    engine = LLM(
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]
-        generation_config="vllm",  # not the checkpoint's penalties and sampling
-        enforce_eager=True,
-        max_model_len=longest,
-        disable_log_stats=True,
-        **memory,
-    )
-    return engine.llm_engine
 
 
 def _asked(request: Pair | Prompt, stop: list[int]) -> tuple[list[int], Any]:

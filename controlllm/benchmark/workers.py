@@ -4,9 +4,7 @@ Whoever has room gets the next batch, so none waits for a slower one. Nothing st
 """
 
 import json
-import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from controlllm import vllm_process
 from controlllm.benchmark.engine import Pair, Prompt
 from controlllm.errors import UserError
-from controlllm.fingerprint import PACKAGE
-from controlllm.smoke import cause_of, keep_log
+from controlllm.vllm_process import cause_of, keep_log
 
 TIMEOUT_SECONDS = 1800.0  # without a word from any of them
 
@@ -105,16 +103,10 @@ class Workers:
 class _Worker:
     def __init__(self, start: Start, log: Path, said: "queue.Queue[tuple[_Worker, str]]"):
         self.start, self.log, self.given = start, log, 0
-        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, "-m", "controlllm.benchmark.worker", start.engine, json.dumps(start.arguments)]
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(  # noqa: S603 - this Python, and names of this package
-                [sys.executable, "-m", "controlllm.benchmark.worker", start.engine, json.dumps(start.arguments)],
-                env=os.environ | start.environment | {"PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                text=True,
-                start_new_session=True,
+            self.process = vllm_process.start(
+                command, environment=start.environment, log=stream, stdout=subprocess.PIPE
             )
         # Both ends in threads: a process that neither reads nor writes must not keep this one from its deadline.
         self.outbox: queue.Queue[str] = queue.Queue()
@@ -127,9 +119,7 @@ class _Worker:
         self.outbox.put(json.dumps({"batch": number, kind: [asdict(each) for each in batch]}) + "\n")
 
     def end(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        vllm_process.end(self.process)
         self.outbox.put("")
 
     def _speak(self) -> None:

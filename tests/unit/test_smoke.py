@@ -23,6 +23,7 @@ from controlllm.config import SmokeConfig
 from controlllm.control.model import expand_model
 from controlllm.control.settings import ControlSettings
 from controlllm.errors import UserError
+from controlllm.fingerprint import PACKAGE
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 WORDS = ["<eos>", *(f"w{i}" for i in range(127))]
@@ -239,7 +240,7 @@ def _gone(pid: int) -> bool:
 
 def test_the_worker_dies_with_its_caller() -> None:
     code = "import time; from controlllm.smoke_worker import _die_with_the_caller as d; d(); time.sleep(60)"
-    environment = os.environ | {"PYTHONPATH": str(smoke.PACKAGE.parent)}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     worker = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True, env=environment
     )
