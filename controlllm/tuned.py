@@ -1,6 +1,8 @@
 """A tuned model from its folder, with what is no part of a plain model put in."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ def has_virtual_tokens(folder: Path | str) -> bool:
     """Whether the folder's config.json says that the model was trained with some."""
     file = Path(folder, "config.json")
     return file.is_file() and bool(json.loads(file.read_text()).get("prompt"))
+
+
+@contextmanager
+def as_base(model: Any) -> Iterator[None]:
+    """While inside, a model that holds its base (twins, copies, virtual tokens) computes what that does."""
+    from controlllm.control.loss import base_only
+    from controlllm.train.prompt import virtual_tokens_of, without_virtual_tokens
+
+    with without_virtual_tokens(model) if virtual_tokens_of(model) else base_only(model):
+        yield
 
 
 def stop_tokens(folder: Path | str, tokenizer: Any) -> list[int]:

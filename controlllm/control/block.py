@@ -39,9 +39,8 @@ class ControlBlock(nn.Module):
         self.divergence_weight = settings.divergence_weight
         self.weigh_by_gate = settings.divergence_alpha == "gate"
         self.detach_teacher = settings.detach_teacher
-        self.alpha_scale = settings.alpha_scale
+        self.turn_to(settings.alpha_scale)
         self.alpha_scheduled = False
-        self.twin_only = self.interpolation.twin_only and settings.alpha_scale == 1
         self.measuring = False
         self.base_only = False
         self.token_mask: Tensor | None = None
@@ -49,6 +48,11 @@ class ControlBlock(nn.Module):
         self.divergence: Tensor | None = None
         # A slot of its own in the KV cache makes cached and uncached generation equal without patching a cache.
         set_layer_index(self.expanded, cache_slot)
+
+    def turn_to(self, alpha_scale: float) -> None:
+        """The dial: 0 gives the frozen block's output, 1 the blend."""
+        self.alpha_scale = alpha_scale
+        self.twin_only = self.interpolation.twin_only and alpha_scale == 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, seq, hidden) → the same."""

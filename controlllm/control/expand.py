@@ -1,5 +1,6 @@
 """Turning a decoder into an expanded one, and saying which of its tensors are trained."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,13 +58,31 @@ def pair(decoder: nn.Module, settings: ControlSettings, *, shared_weights: bool 
         layer.is_decoder_layer = True  # type: ignore[assignment] - for `output_hidden_states`
 
 
-def dim(layer: nn.Module, alpha_scale: float) -> None:
+def dim(layer: Any, alpha_scale: float) -> None:
     """Let only a share of what a stacked layer adds through; at 0 exactly its input."""
+    if not hasattr(layer, "alpha_scale"):
+        layer.register_forward_hook(_dimmed)
+    layer.alpha_scale = alpha_scale
 
-    def hook(_layer: nn.Module, inputs: Any, output: Any) -> Any:
-        return torch.lerp(inputs[0], output, alpha_scale)
 
-    layer.register_forward_hook(hook)
+def _dimmed(layer: Any, inputs: Any, output: Any) -> Any:
+    return output if layer.alpha_scale == 1 else torch.lerp(inputs[0], output, layer.alpha_scale)
+
+
+def set_alpha_scale(model: Any, alpha_scale: float) -> None:
+    """Turn the dial of a loaded expanded model, in place; keys and values cached before are another model's.
+
+    ValueError for a model without twins or copies, and for a scale that is not within 0..1.
+    """
+    settings = settings_of(model)
+    if settings is None:
+        raise ValueError(f"{type(model).__name__} has no dial: it has neither twins nor stacked copies")
+    replace(settings, alpha_scale=alpha_scale)  # refuses a scale that is out of range
+    for block in control_blocks(model):
+        block.turn_to(alpha_scale)
+    layers = decoder_layers(model.base_model)
+    for index in settings.stacked:
+        dim(layers[index], alpha_scale)
 
 
 def identity_copy(layer: nn.Module) -> nn.Module:

@@ -1,8 +1,7 @@
 """The probe from folder to folder: the tuned model over all prompts, then its base, then what differs."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +12,7 @@ from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file
 from controlllm.progress import console, track
 from controlllm.store import Output, run_stage
+from controlllm.tuned import as_base
 
 Json = dict[str, Any]
 
@@ -115,7 +115,7 @@ def _measured(pair: Pair, config: ProbeConfig, prompts: list[Any], tokenizer: An
         if pair.base is not None:
             del model
             model = _loaded(pair.base, dtype, virtual=False)
-        with _as_base(model) if pair.base is None else nullcontext():
+        with as_base(model) if pair.base is None else nullcontext():
             same = [taken.target for taken in tuned]  # of one token's logit in both models
             base = over_prompts(model, prompts, same, config, Path(scratch, "base"), advance, done=len(prompts))
         del model
@@ -137,16 +137,6 @@ def _loaded(folder: Path, dtype: str | None, *, virtual: bool) -> Any:
     model: Any = load(folder, dtype=dtype or "auto")
     model.set_attn_implementation("eager")
     return model.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _as_base(model: Any) -> Iterator[None]:
-    """While inside, a checkpoint that holds its base computes what that does."""
-    from controlllm.control.loss import base_only
-    from controlllm.train.prompt import virtual_tokens_of, without_virtual_tokens
-
-    with without_virtual_tokens(model) if virtual_tokens_of(model) else base_only(model):
-        yield
 
 
 def _write(folder: Path, result: Json, rows: list[Json], maps: Json) -> None:
