@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,18 +70,19 @@ class Results:
                 for way in _ways(run, measure, dial=name.endswith(DIAL)))  # fmt: skip
         return min((value for way in ways for value in _at_least(way, gain)), default=None)
 
-    def deciding(self, method: str, levels: Sequence[float]) -> set[str]:
-        """Learning rates that forget least at some level, by either measure, with or without the dial."""
+    def deciding(self, method: str, levels: Sequence[float]) -> list[str]:
+        """Learning rates that forget least at some level, dial or not; first what does by KL most often."""
         own = [run for run in self.runs if run["method"] == method]
         alone = {run["lr"]: Results([run]) for run in own}
-        found = set()
+        won: dict[Measure, Counter[str]] = {"kl": Counter(), "old": Counter()}
         for name in self.names([method]):
-            for measure in ("old", "kl"):
+            for measure, wins in won.items():
                 for level in levels:
                     least = {lr: one.cell(name, measure, level).mean for lr, one in alone.items()}
                     reached = {lr: value for lr, value in least.items() if not math.isnan(value)}
-                    found |= {min(reached, key=lambda lr: reached[lr])} if reached else set()
-        return found or set(alone)
+                    wins.update([min(reached, key=lambda lr: reached[lr])] if reached else ())
+        found = [lr for lr in alone if won["kl"][lr] or won["old"][lr]]
+        return sorted(found, key=lambda lr: (won["kl"][lr], won["old"][lr]), reverse=True) or list(alone)
 
     def score(self, name: str, levels: Sequence[float]) -> float:
         """Mean KL over the levels, infinite when one is not reached by all seeds: what settings are ranked by."""

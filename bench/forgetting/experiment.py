@@ -1,7 +1,7 @@
 """The experiment as experiment.yaml says it, and which runs it consists of."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,13 @@ class Experiment:
         for method in (*self.methods, *self.tuning):
             yield from self.runs(method, self.first_seed)
 
-    def later(self, rates: Mapping[str, Collection[str]]) -> Iterator[Run]:
-        """The other seeds of methods, at the learning rates that decided something with the first."""
-        for seed in self.values["seeds"][1:]:
-            for method, chosen in rates.items():
-                yield from (run for run in self.runs(method, int(seed)) if run.lr in chosen)
+    def later(self, rates: Mapping[str, Sequence[str]]) -> Iterator[Run]:
+        """The other seeds of methods, at the learning rates that decided something with the first: the first two of
+        every method before any third."""
+        for places in (slice(2), slice(2, None)):
+            for seed in self.values["seeds"][1:]:
+                for method, ranked in rates.items():
+                    yield from (run for run in self.runs(method, int(seed)) if run.lr in ranked[places])
 
     def runs(self, method: str, seed: int) -> Iterator[Run]:
         """One for each learning rate of the method."""

@@ -36,7 +36,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def worth_more(experiment: Experiment, results: Path) -> dict[str, set[str]]:
+def worth_more(experiment: Experiment, results: Path) -> dict[str, list[str]]:
     """Every method, and what forgot least of the tuning; of each the learning rates that decided with the first seed.
 
     A rate that was best nowhere would change no curve by more than chance; with it, three seeds take twice as long.
