@@ -24,8 +24,8 @@ class RelaxedNorm(nn.Module):
         return share * hidden_states + (1 - share) * self.norm(hidden_states)
 
 
-def relax_norms(block: nn.Module, relaxation: float | str) -> None:
+def relax_norms(block: nn.Module, relaxation: float | str, kind: type[RelaxedNorm] = RelaxedNorm) -> None:
     """Relax the norms that are direct children of a block (not those inside its attention), in place."""
     for name, module in list(block.named_children()):
         if type(module).__name__.endswith("Norm"):
-            setattr(block, name, RelaxedNorm(module, relaxation))
+            setattr(block, name, kind(module, relaxation))

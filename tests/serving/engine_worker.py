@@ -1,0 +1,72 @@
+"""vLLM engines, one after another, in a process that imports vLLM once: `engine_worker.py FD`, jobs as lines on stdin.
+
+A job is {model, engine: settings, steps}; what each step gives is answered as one line of JSON on the file descriptor.
+"""
+
+import gc
+import json
+import os
+import sys
+from functools import partial
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def main(descriptor: int) -> None:
+    with os.fdopen(descriptor, "w") as answers:
+        for line in sys.stdin:
+            try:
+                answer: Any = run(json.loads(line))
+            except Exception as error:  # noqa: BLE001 - the test asks what was said
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            gc.collect()
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+def run(job: Json) -> list[Any]:
+    from controlllm.vllm_engine import open_llm
+
+    settings = {"num_gpu_blocks_override": 65, "kv_cache_memory_bytes": 1 << 28, "skip_tokenizer_init": True}
+    engine = open_llm(job["model"], dtype="float32", longest=256, gpus=0, **settings | job["engine"])
+    try:
+        return [STEPS[step.pop("do")](engine, **step) for step in job["steps"]]
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+
+def generate(engine: Any, prompts: list[list[int]], **sampling: Any) -> list[list[list[int]]]:
+    """For each prompt the tokens of its n answers."""
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "detokenize": False}
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = engine.generate(inputs, SamplingParams(**greedy | sampling), use_tqdm=False)
+    return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+
+
+def turn(engine: Any, scale: float) -> None:
+    from controlllm.vllm_plugin import set_alpha_scale
+
+    engine.apply_model(partial(set_alpha_scale, scale=scale))
+    engine.reset_prefix_cache()
+
+
+def facts(engine: Any) -> Json:
+    core = engine.llm_engine.engine_core.engine_core
+    cache = core.scheduler.kv_cache_config
+    return {
+        "class": engine.apply_model(lambda model: type(model).__name__)[0],
+        "layers": [name for group in cache.kv_cache_groups for name in group.layer_names],
+        "blocks": cache.num_blocks,
+        "bytes": sum(tensor.size for tensor in cache.kv_cache_tensors),
+        "preempted": core.scheduler.__dict__.get("num_preempted", None),
+    }
+
+
+STEPS = {"generate": generate, "turn": turn, "facts": facts}
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+    os._exit(0)  # nothing is left to save
