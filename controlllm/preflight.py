@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from controlllm.benchmark.check import benchmark_mistake, probe_keys
-from controlllm.config import PackConfig, RunConfig
+from controlllm.config import FSDP, PackConfig, RunConfig
+from controlllm.config.cluster import chosen_profile
 from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
@@ -53,7 +54,10 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         shape = _model(config)
         mistakes = zero_mistake(config), unquantizable(config, shape), benchmark_mistake(config)
         _complain(missing_trackers(config.train.metrics), *mistakes)
-        if serving and shape and os.environ.get("CONTROLLLM_PROFILE", "local") == "local":
+        profile = chosen_profile()
+        if profile:
+            _mesh(config, profile.name, profile.processes)
+        if serving and shape and (profile is None or profile.name == "local"):
             _memory(config, shape)
         _output(config)
         _disk(shape)
@@ -150,8 +154,22 @@ def _memory(config: RunConfig, shape: Shape) -> None:
     try:
         check_memory(config, shape)
     except UserError as error:
-        elsewhere = "where another machine trains, name its profile: CONTROLLLM_PROFILE=gpu-8x2 (k8s/profiles)"
+        elsewhere = "where another machine trains, name its profile: CONTROLLLM_PROFILE=multi-node (k8s/profiles)"
         raise _Wrong("train", f"{error}; {elsewhere}") from None
+
+
+def _mesh(config: RunConfig, profile: str, processes: int) -> None:
+    """Whether the profile's processes come out even."""
+    parallel = config.train.parallel
+    if not isinstance(parallel, FSDP):
+        return
+    try:
+        parallel.sizes(processes)
+    except ValueError as error:
+        text = str(error).removeprefix("train.parallel: ")
+        raise _Wrong(
+            "train.parallel", f"{text} in profile {profile} (train.nodes × train.processes_per_node)"
+        ) from None
 
 
 def _output(config: RunConfig) -> None:

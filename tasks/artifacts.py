@@ -10,11 +10,13 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import click
 from flytekit import Cache, FlyteContextManager, HashMethod
+from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
+from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 from pydantic import ValidationError
 
 from controlllm.config import RunConfig
-from controlllm.errors import UserError, one_line
+from controlllm.errors import UserError, is_passing, one_line
 from controlllm.fingerprint import code_version, content_of
 from controlllm.progress import prepare_environment
 from controlllm.recipe import Source
@@ -25,6 +27,9 @@ from controlllm.store import content_hash
 os.environ.setdefault("FLYTE_LOCAL_CACHE_ENABLED", "false")
 
 prepare_environment()
+
+TRANSFERS = (FlyteDownloadDataException, FlyteUploadDataException)
+"""What flytekit raises when its storage fails."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,14 +78,17 @@ def stage_cache(*stages: str) -> Cache:
 
 
 def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """A mistake of the user ends a local run with one line and exit code 1; on a cluster Flyte shows the error."""
+    """A mistake of the user ends a local run with one line and exit code 1; on a cluster Flyte shows the error, and
+    tries again what another try may cure."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (UserError, OSError) as error:
-            if not is_local() or "--debug" in sys.argv:
+        except Exception as error:
+            if not is_local() and (is_passing(error) or isinstance(error, TRANSFERS)):
+                raise FlyteRecoverableException(one_line(error)) from error
+            if not is_local() or not isinstance(error, UserError | OSError) or "--debug" in sys.argv:
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             raise SystemExit(1) from None

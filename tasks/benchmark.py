@@ -10,9 +10,7 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 @task(
     cache=stage_cache("benchmark task", "benchmark"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("benchmark"),
 )
 @one_line_errors
 def benchmark(model: FlyteDirectory, data: FlyteDirectory, config: BenchmarkConfig) -> Folder:

@@ -1,114 +1,154 @@
-"""Where a run happens: the cluster profile, read when the tasks are built.
+"""Where a run happens: the cluster profile as what Flyte's `@task` is told, read when the tasks are built.
 
-`CONTROLLLM_PROFILE` is the name of a file in `k8s/profiles` or the path of one; `local` when it is not set. Node
-counts are fixed when a Flyte task is built, so the same variable is handed on to the pods.
+Counts of nodes and processes are fixed when a Flyte task is built, so the profile is handed on to the pods, whole:
+they build what was registered, whatever profiles their image holds.
 """
 
-import os
+from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
-from flytekit import PodTemplate, Resources
-from flytekitplugins.kfpytorch import Elastic
+from flytekit import PodTemplate
 from kubernetes.client import (
+    V1Capabilities,
+    V1ConfigMapVolumeSource,
     V1Container,
     V1EmptyDirVolumeSource,
+    V1EnvVar,
+    V1EnvVarSource,
+    V1NFSVolumeSource,
+    V1PersistentVolumeClaimVolumeSource,
+    V1PodSecurityContext,
     V1PodSpec,
     V1ResourceRequirements,
+    V1SeccompProfile,
+    V1SecretKeySelector,
+    V1SecurityContext,
+    V1Toleration,
     V1Volume,
     V1VolumeMount,
 )
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from controlllm.errors import UserError
+from controlllm.config.cluster import VARIABLE, Profile, load_profile
+from controlllm.config.pods import Pod, Queue, Volume
+from tasks.elastic import Processes
 
-PROFILES = Path(__file__).parents[1] / "k8s" / "profiles"
-
-
-class Profile(BaseModel):
-    """One cluster profile; cpu, memory and shared_memory are one node's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: str
-    nodes: PositiveInt
-    processes_per_node: PositiveInt
-    gpus_per_process: int
-    cpu: str
-    memory: str
-    shared_memory: str | None
-    image_train: str
-    image_serve: str
-    env: dict[str, str]
-
-    @property
-    def processes(self) -> int:
-        return self.nodes * self.processes_per_node
-
-    @property
-    def gpus(self) -> int:
-        return self.processes_per_node * self.gpus_per_process
+USER = 1000
+"""That of the images."""
+GRACE_SECONDS = 120
+"""Between SIGTERM and the end of a pod: time for a checkpoint."""
+SHM = "/dev/shm"  # noqa: S108 - the pod's shared memory
 
 
 @cache
 def profile() -> Profile:
     """The profile of this process; UserError names the file and what is wrong in it."""
-    name = os.environ.get("CONTROLLLM_PROFILE", "local")
-    file = Path(name) if name.endswith(".yaml") else PROFILES / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in PROFILES.glob("*.yaml")))
-        raise UserError(f"CONTROLLLM_PROFILE: '{name}' is no cluster profile; known: {known}, or the path of a file")
-    try:
-        return Profile.model_validate(yaml.safe_load(file.read_text()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return load_profile()
 
 
-def elastic() -> Elastic | None:
+def runs(task: str) -> dict[str, Any]:
+    """What `@task` is told of where a task runs, and how often and how long it is tried."""
+    pod = profile().pod(task)
+    return {
+        "container_image": image(pod),
+        "pod_template": template(pod),
+        "environment": {VARIABLE: _handed_on(), **profile().variables(pod)},
+        "retries": pod.retries,
+        "timeout": timedelta(hours=pod.timeout_hours) if pod.timeout_hours else 0,
+        "interruptible": pod.interruptible,
+    }
+
+
+def processes() -> Processes | None:
     """How Flyte starts the processes of training; None is this one process.
 
-    No restarts inside the job: with them a recoverable error arrives as one that Flyte never retries.
+    One node is a plain pod, several are a PyTorchJob. No restarts inside the job: with them an error that another try
+    may cure arrives as one that Flyte never retries.
     """
     if profile().processes == 1:
         return None
-    return Elastic(
-        nnodes=profile().nodes,
-        nproc_per_node=profile().processes_per_node,
+    seconds = 60 * profile().train.rendezvous_minutes
+    return Processes(
+        nnodes=profile().train.nodes,
+        nproc_per_node=profile().train.processes_per_node,
         start_method="spawn",
         max_restarts=0,
         increase_shared_mem=False,
+        rdzv_configs={"timeout": seconds, "join_timeout": seconds, "read_timeout": seconds},
     )
 
 
-def environment() -> dict[str, str]:
-    """Handed to every pod, so that it builds the same tasks."""
-    return {"CONTROLLLM_PROFILE": os.environ.get("CONTROLLLM_PROFILE", "local"), **profile().env}
+def image(pod: Pod) -> str:
+    """A whole reference, or what `--image NAME=...` gives at registration."""
+    name = pod.image_name
+    return pod.image if name is None else f"{{{{.image.{name}.fqn}}}}:{{{{.image.{name}.version}}}}"
 
 
-def light() -> Resources:
-    """A stage that needs no accelerator."""
-    return Resources(cpu=profile().cpu, mem=profile().memory)
+def template(pod: Pod) -> PodTemplate:
+    """The pod, whole: Flyte would drop some of what stands in a task's Resources beside a template."""
+    spec = V1PodSpec(
+        containers=[_container(pod)],
+        volumes=[*map(_volume, profile().volumes), *([_shared_memory(pod)] if pod.shared_memory else [])] or None,
+        node_selector=pod.node_selector or None,
+        tolerations=[V1Toleration(**toleration.model_dump()) for toleration in pod.tolerations] or None,
+        service_account_name=profile().service_account,
+        automount_service_account_token=False,  # a task asks Kubernetes nothing
+        termination_grace_period_seconds=GRACE_SECONDS,
+        security_context=V1PodSecurityContext(
+            run_as_non_root=True,
+            run_as_user=USER,
+            fs_group=USER,
+            fs_group_change_policy="OnRootMismatch",  # else every start walks through the whole cache
+            seccomp_profile=V1SeccompProfile(type="RuntimeDefault"),
+        ),
+    )
+    return PodTemplate(pod_spec=spec, labels=queue_labels(pod.queue))
 
 
-def training_pod() -> PodTemplate | None:
-    """The training pod, whole: Flyte would drop what stands in Resources beside a template."""
-    if not profile().gpus and not profile().shared_memory:
-        return None
-    amounts = {"cpu": profile().cpu, "memory": profile().memory}
-    if profile().gpus:
-        amounts["nvidia.com/gpu"] = str(profile().gpus)
-    memory = V1EmptyDirVolumeSource(medium="Memory", size_limit=profile().shared_memory)
-    container = V1Container(
+def queue_labels(queue: Queue | None) -> dict[str, str]:
+    """Kueue's; a PyTorchJob takes them from the execution, whose launch plan has to carry them."""
+    if queue is None:
+        return {}
+    named = {"kueue.x-k8s.io/queue-name": queue.name}
+    return named | ({"kueue.x-k8s.io/priority-class": queue.priority} if queue.priority else {})
+
+
+def _handed_on() -> str:
+    return profile().model_dump_json(exclude_defaults=True)
+
+
+def _container(pod: Pod) -> V1Container:
+    amounts = {"cpu": pod.cpu, "memory": pod.memory, **pod.resources}
+    if pod.pod_gpus:
+        amounts["nvidia.com/gpu"] = str(pod.pod_gpus)
+    mounts = [V1VolumeMount(name=v.name, mount_path=v.mount, read_only=v.read_only) for v in profile().volumes]
+    if pod.shared_memory:
+        mounts.append(V1VolumeMount(name="shm", mount_path=SHM))
+    return V1Container(
         name="primary",
-        resources=V1ResourceRequirements(requests=amounts, limits=amounts),
-        volume_mounts=[V1VolumeMount(name="shm", mount_path="/dev/shm")],  # noqa: S108 - the pod's shared memory
+        resources=V1ResourceRequirements(requests=dict(amounts), limits=dict(amounts)),
+        volume_mounts=mounts or None,
+        env=[_secret(name, key.secret, key.key) for name, key in profile().secrets.items()] or None,
+        security_context=V1SecurityContext(
+            allow_privilege_escalation=False,
+            capabilities=V1Capabilities(drop=["ALL"], add=pod.capabilities or None),
+        ),
     )
-    return PodTemplate(pod_spec=V1PodSpec(containers=[container], volumes=[V1Volume(name="shm", empty_dir=memory)]))
 
 
-def image(kind: str) -> Any:
-    """A named image, given at registration as `--image train=...`."""
-    return profile().image_serve if kind == "serve" else profile().image_train
+def _secret(name: str, secret: str, key: str) -> V1EnvVar:
+    return V1EnvVar(name=name, value_from=V1EnvVarSource(secret_key_ref=V1SecretKeySelector(name=secret, key=key)))
+
+
+def _volume(volume: Volume) -> V1Volume:
+    if volume.claim:
+        source = V1PersistentVolumeClaimVolumeSource(claim_name=volume.claim)
+        return V1Volume(name=volume.name, persistent_volume_claim=source)
+    if volume.nfs:
+        nfs = V1NFSVolumeSource(server=volume.nfs.server, path=volume.nfs.path, read_only=volume.read_only)
+        return V1Volume(name=volume.name, nfs=nfs)
+    return V1Volume(name=volume.name, config_map=V1ConfigMapVolumeSource(name=volume.config_map))
+
+
+def _shared_memory(pod: Pod) -> V1Volume:
+    return V1Volume(name="shm", empty_dir=V1EmptyDirVolumeSource(medium="Memory", size_limit=pod.shared_memory))

@@ -18,9 +18,7 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 @task(
     cache=stage_cache("consolidate"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("consolidate"),
 )
 @one_line_errors
 def consolidate(

@@ -14,7 +14,7 @@ class Ingested(NamedTuple):
     data: Folder
 
 
-@task(container_image=cluster.image("train"), requests=cluster.light(), environment=cluster.environment())
+@task(**cluster.runs("preflight"))
 @one_line_errors
 def preflight(config: Recipe) -> str:
     """Refuse at once what cannot work; returns the run's name."""
@@ -26,9 +26,7 @@ def preflight(config: Recipe) -> str:
 
 @task(
     cache=stage_cache("ingest model", "ingest data"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("ingest"),
 )
 @one_line_errors
 def ingest(model: ModelConfig, mix: MixConfig, benchmark: BenchmarkConfig, pack: PackConfig) -> Ingested:

@@ -11,9 +11,7 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 @task(
     cache=stage_cache("prepare"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("plan_pieces"),
 )
 @one_line_errors
 def plan_pieces(data: FlyteDirectory, mix: MixConfig, pack: PackConfig) -> list[Piece]:
@@ -25,9 +23,7 @@ def plan_pieces(data: FlyteDirectory, mix: MixConfig, pack: PackConfig) -> list[
 
 @task(
     cache=stage_cache("prepare piece"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("prepare_piece"),
 )
 @one_line_errors
 def prepare_piece(
@@ -41,9 +37,7 @@ def prepare_piece(
 
 @task(
     cache=stage_cache("prepare"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("prepare"),
 )
 @one_line_errors
 def prepare(

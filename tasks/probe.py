@@ -10,9 +10,7 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 @task(
     cache=stage_cache("probe"),
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("probe"),
 )
 @one_line_errors
 def probe(model: FlyteDirectory, base: FlyteDirectory, config: ProbeConfig | None) -> Folder | None:

@@ -7,7 +7,7 @@ from tasks import cluster
 from tasks.artifacts import Folder, Recipe, local, one_line_errors, publish
 
 
-@task(container_image=cluster.image("train"), requests=cluster.light(), environment=cluster.environment())
+@task(**cluster.runs("promote"))
 @one_line_errors
 def promote(config: Recipe, model: FlyteDirectory, base_scores: FlyteDirectory, tuned_scores: FlyteDirectory) -> Folder:
     """The model, where `benchmark.gate` lets it pass; an error that says what was lost where not."""

@@ -9,9 +9,7 @@ from tasks.artifacts import Recipe, is_local, local, one_line_errors
 
 
 @task(
-    container_image=cluster.image("train"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("report"),
     enable_deck=True,
     deck_fields=(),  # the report alone; flytekit's own fields ask pip, which need not be there
 )

@@ -10,9 +10,7 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 @task(
     cache=stage_cache("smoke"),
-    container_image=cluster.image("serve"),
-    requests=cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("smoke"),
 )
 @one_line_errors
 def smoke(model: FlyteDirectory, data: FlyteDirectory, config: SmokeConfig | None) -> Folder | None:

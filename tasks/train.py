@@ -21,12 +21,9 @@ from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
-    task_config=cluster.elastic(),
+    task_config=cluster.processes(),
     cache=stage_cache("train"),
-    container_image=cluster.image("train"),
-    pod_template=cluster.training_pod(),
-    requests=None if cluster.training_pod() else cluster.light(),
-    environment=cluster.environment(),
+    **cluster.runs("train"),
 )
 @one_line_errors
 def train(

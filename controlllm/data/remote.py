@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 
 from controlllm.data.file_systems import library_errors, remote_system
 from controlllm.data.seekable import Seekable
-from controlllm.errors import UserError
+from controlllm.errors import Outage, UserError
 
 TRIES = 5
 TOTAL_SECONDS = 180.0
@@ -54,7 +54,7 @@ def fetched(uri: str, version: str, start: int, end: int) -> bytes:
 
 @contextmanager
 def told(uri: str) -> Iterator[None]:
-    """What goes wrong in a library within becomes one line."""
+    """What goes wrong in a library within becomes one line; an Outage where another try may help."""
     from controlllm.data.location import shown
 
     where = shown(uri)
@@ -67,7 +67,8 @@ def told(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"{where}: no permission to read it ({_line(error)})") from None
     except library_errors(uri.partition("://")[0]) as error:
-        raise UserError(f"{where}: cannot be reached: {_line(error)}") from None
+        kind = UserError if _is_final(error) else Outage
+        raise kind(f"{where}: cannot be reached: {_line(error)}") from None
 
 
 def _line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """One training run, from the folders of the stages before to `trained.safetensors`: puts the parts together."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,7 +65,7 @@ def fit(
 def _fit(inputs: Inputs, world: World, folder: Path, mix: Mix, run: RunFacts, debug_rank: int | None) -> None:
     config = inputs.config
     parallel = _parallel(inputs, world)
-    place = config.checkpoint.folder or folder / "checkpoints"
+    place = config.checkpoint.folder or _shared(run.key) or folder / "checkpoints"
     if world.is_main:
         announce(parallel.model, inputs, world, folder, place)
     checkpoints = Checkpoints(
@@ -81,6 +82,12 @@ def _fit(inputs: Inputs, world: World, folder: Path, mix: Mix, run: RunFacts, de
         save_file(tensors, folder / "trained.safetensors")
         sync(folder / "trained.safetensors")
         _write_whole(folder / SUMMARY, json.dumps(_summary(parallel.model, folder, trainer), indent=1))
+
+
+def _shared(key: str) -> str | None:
+    """This run's folder where a cluster profile keeps checkpoints: found again by every try, on any machine."""
+    root = os.environ.get("CONTROLLLM_CHECKPOINTS")
+    return f"{root.rstrip('/')}/{key}" if root else None
 
 
 def _parallel(inputs: Inputs, world: World) -> Parallel:

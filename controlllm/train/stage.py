@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from controlllm.config import Method, MixConfig, ModelConfig, TrainConfig, ValidationConfig
+from controlllm.config.cluster import check_processes
 from controlllm.fingerprint import content_of
 from controlllm.store import Output, run_stage, stage_inputs
 from controlllm.train.distributed import World, processes
@@ -31,6 +32,7 @@ def train(
 
     The main process looks into the store; the others only join when there is something to train.
     """
+    check_processes(int(os.environ.get("WORLD_SIZE", "1")))
     inputs = Inputs(base, shards, model, method, mix, config, validation)
     patience = DAY if debug_rank() is not None else 2 * config.guards.hang_seconds
     with processes(timeout_seconds=patience) as world:

@@ -6,7 +6,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from controlllm.errors import RunError
+from controlllm.errors import Outage, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
@@ -44,7 +44,7 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number).name
 
 
-class Stopped(RunError):
+class Stopped(RunError, Outage):
     """The run was asked to stop and did, with everything saved; `code` is what the shell expects of the signal."""
 
     def __init__(self, name: str, step: int):

@@ -69,8 +69,8 @@ def test_a_laptop_is_told_how_to_check_for_a_cluster(hub, store, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CONTROLLLM_PROFILE", raising=False)
     assert main(["config", "check", recipe, "smoke=null"]) == 1
-    assert "CONTROLLLM_PROFILE=gpu-8x2" in capsys.readouterr().err
-    monkeypatch.setenv("CONTROLLLM_PROFILE", "gpu-8x2")
+    assert "CONTROLLLM_PROFILE=multi-node" in capsys.readouterr().err
+    monkeypatch.setenv("CONTROLLLM_PROFILE", "multi-node")
     assert main(["config", "check", recipe, "smoke=null"]) == 0
     assert capsys.readouterr().out.startswith("ok: llama3-70b-hsdp: meta-llama/")
 

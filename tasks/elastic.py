@@ -1,0 +1,50 @@
+"""Several training processes in a task, and what Flyte is told when one of them ends without a word."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
+from flytekit.extend import TaskPlugins
+from flytekitplugins.kfpytorch import Elastic
+from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+@dataclass
+class Processes(Elastic):
+    """As Elastic, with processes that were killed, or stopped because another was gone, tried again."""
+
+
+class ProcessesTask(PytorchElasticFunctionTask):
+    """Elastic knows a process's exception only: one that was killed is for it a mistake, never to be tried again."""
+
+    def execute(self, **kwargs: Any) -> Any:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # seconds, for training alone
+
+        try:
+            return super().execute(**kwargs)
+        except FlyteUserRuntimeException as error:
+            failed = error.value
+            if not isinstance(failed, ChildFailedError):
+                raise
+            rank, first = failed.get_first_failure()
+            if not was_cut_off(first):
+                raise
+            said = f"rank {rank} was lost ({how_it_ended(first)}); what it wrote stands in its pod's log"
+            raise FlyteRecoverableException(said, timestamp=first.timestamp) from None
+
+
+def was_cut_off(failure: "ProcessFailure") -> bool:
+    """Whether a process ended without an exception of its own: by a signal, or by the watchdog of a run that hangs."""
+    return not os.path.isfile(failure.error_file)
+
+
+def how_it_ended(failure: "ProcessFailure") -> str:
+    name = failure.signal_name()
+    return name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+
+
+TaskPlugins.register_pythontask_plugin(Processes, ProcessesTask)
