@@ -7,10 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 from flytekit import map_task, workflow
+from flytekit.types.directory import FlyteDirectory
 from flytekit.types.file import FlyteFile
 
+from controlllm.config import BenchmarkConfig
 from tasks.artifacts import Folder, Recipe
-from tasks.benchmark import benchmark
+from tasks.benchmark import benchmark, benchmark_task, plan_benchmark
 from tasks.consolidate import consolidate
 from tasks.dial import dial
 from tasks.ingest import ingest, preflight
@@ -26,6 +28,15 @@ class Finetuned(NamedTuple):
     model: Folder
     scores: Folder
     report: FlyteFile
+
+
+@workflow
+def measured(model: FlyteDirectory, data: FlyteDirectory, config: BenchmarkConfig) -> Folder:
+    """Every task of the benchmark, each in a pod of its own; `benchmark` alone is all of them in one."""
+    names = plan_benchmark(model=model, data=data, config=config)
+    one = partial(benchmark_task, model=model, data=data, config=config)
+    parts = map_task(one, min_success_ratio=0.1)(name=names)  # what is missing, `benchmark` measures
+    return benchmark(model=model, data=data, config=config, parts=parts)
 
 
 @workflow
@@ -69,8 +80,8 @@ def finetune(config: Recipe) -> Finetuned:
         partial=config.partial,
         quantization=config.quantization,
     )
-    base_scores = benchmark(model=raw.base, data=raw.data, config=config.benchmark)
-    tuned_scores = benchmark(model=model, data=raw.data, config=config.benchmark)
+    base_scores = measured(model=raw.base, data=raw.data, config=config.benchmark)
+    tuned_scores = measured(model=model, data=raw.data, config=config.benchmark)
     smoked = smoke(model=model, data=raw.data, config=config.smoke)
     dialled = dial(
         model=model,

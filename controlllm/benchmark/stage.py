@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from controlllm.adopt import adopt
 from controlllm.benchmark.task import Task
 from controlllm.config import BenchmarkConfig
 from controlllm.errors import UserError, one_line
@@ -50,6 +51,31 @@ def benchmark(model: Path, data: Path | None, config: BenchmarkConfig) -> Output
         parents={"model": model} | {f"task {name}": folder for name, folder in made.items()},
         build=partial(_gather, model=model, made=made, roles=roles, failed=failed),
     )
+
+
+def task_names(model: Path, data: Path | None, config: BenchmarkConfig) -> list[str]:
+    """What pods can share among them."""
+    from controlllm.benchmark.tasks import tasks_of
+
+    return [task.name for task in tasks_of(config, model=model, data=data)]
+
+
+def benchmark_task(name: str, model: Path, data: Path | None, config: BenchmarkConfig) -> Path:
+    """One task of `benchmark`, in a pod of its own: the output that `gather` takes."""
+    from controlllm.benchmark.code import running_code
+    from controlllm.benchmark.models import Models
+    from controlllm.benchmark.tasks import tasks_of
+
+    task = next(task for task in tasks_of(config, model=model, data=data) if task.name == name)
+    with Models(model, config) as models, running_code(config.run_code):
+        return _measure(task, model, config, models, "1 of 1")
+
+
+def gather(parts: Sequence[Path], model: Path, data: Path | None, config: BenchmarkConfig) -> Output:
+    """`benchmark`, out of tasks that pods measured; what no part holds is measured here."""
+    for part in parts:
+        adopt(part)
+    return benchmark(model, data, config)
 
 
 def refuse_failed(*scores: Path) -> None:
