@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from controlllm.changes import differences
 from controlllm.config import DatasetConfig, RunConfig
 from controlllm.data.prepared import open_job, shard_root
 from controlllm.data.shard_store import ShardStore
 from controlllm.errors import UserError
-from controlllm.store import Miss, differences, dry_run
+from controlllm.store import Miss, dry_run
 
 Json = dict[str, Any]
 

@@ -41,7 +41,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "dial": ("dial.py", "dial_stage.py", "statistics"),
     "probe": ("probe", "control"),
     "smoke": ("smoke.py", "smoke_worker.py", "vllm_engine.py", "vllm_plugin.py", "control"),
-    "report": ("deliver.py", "report", "charts.py", "gate.py", "statistics", "templates"),
+    "report": ("deliver.py", "private.py", "report", "charts.py", "gate.py", "statistics", "templates"),
 }
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "ingest model": ("transformers", "gguf"),

@@ -10,12 +10,12 @@ from typing import Any
 
 from controlllm import __version__
 from controlllm.card import code, escaped, versions
+from controlllm.changes import differences
 from controlllm.config import RunConfig
 from controlllm.errors import UserError
 from controlllm.inputs_here import Input, compare_inputs
 from controlllm.recipe import Source, write
 from controlllm.record import FILE, Record, open_record
-from controlllm.store import differences
 
 Json = dict[str, Any]
 RUNS, CACHE = "runs", "cache"

@@ -9,6 +9,7 @@ from typing import Any
 
 from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file
+from controlllm.private import SHAPES
 from controlllm.progress import track
 from controlllm.store import LINEAGE, find_lineage
 
@@ -24,14 +25,6 @@ _PATH = re.compile(
     r"(?<![\w.:/-])(/(?:home|root|Users|tmp|var|mnt|data|opt|srv|scratch|workspace|work|media|content|kaggle|gpfs|lustre|"
     r"nfs|fsx|efs|private|local|usr|etc)/[^\s'\"`]+|[A-Za-z]:\\\\?[\w.-]+\\[^\s'\"`]+|file://[^\s'\"`]+|~/[\w.-]+/[^\s'\"`]*)"
 )
-_SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
-    "an access key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"\b\w+://[^\s/:@]+:[^\s/@]+@",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def shared_files(folder: Path) -> list[File]:
 
 def check_text(text: str, where: str) -> None:
     """Raises UserError for a path of a machine or a secret in it; the secret itself is not repeated."""
-    for what, pattern in _SECRETS.items():
+    for what, pattern in SHAPES.items():
         if re.search(pattern, text):
             raise UserError(f"{where}: holds {what}; remove it, and make a new one, since this one was written down")
     if found := _PATH.search(text):

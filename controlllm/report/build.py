@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from controlllm.errors import UserError
-from controlllm.report.facts import clean, cost, data_facts, environment
+from controlllm.private import clean
+from controlllm.report.facts import cost, data_facts, environment
 from controlllm.report.read import read_json, read_lines
 from controlllm.store import read_lineage
 

@@ -1,11 +1,12 @@
-"""What a report says about data, cost and environment, and what of it may be shown to others."""
+"""What a report says about data, cost and environment."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from controlllm.private import clean
 
 Json = dict[str, Any]
 REASONS = {
@@ -15,11 +16,6 @@ REASONS = {
     "bad": "cannot be used (quarantine)",
 }
 CUTS = {"split": "documents split", "truncated": "documents truncated", "lost_tokens": "tokens cut off"}
-SECRET = re.compile(r"(?i)(api_?key|password|passwd|secret|credential|access_?token|auth_?token|signature|sig|token)$")
-ADDRESS = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^/@\s]+@)?(?P<rest>[^\s?#]*)(?P<query>[?][^\s#]*)?"
-)
-MACHINE_PATH = re.compile(r"(?<![\w.:/<…])(?:~?/(?:[\w.@+~-]+/)+|[A-Za-z]:\\(?:[^\\\s]+\\)*)")
 
 
 def data_facts(stats: Json, mix: Mapping[str, Any], quarantine: Path) -> Json:
@@ -67,28 +63,6 @@ def environment(train: Json, lineage: Mapping[str, Json]) -> Json:
     machine = dict(train.get("environment") or {})
     versions |= machine.pop("versions", {})
     return {"machine": machine, "versions": dict(sorted(versions.items()))}
-
-
-def clean(value: Any, name: str = "") -> Any:
-    """Plain data without what is private: folders of this machine, passwords in addresses, keys and tokens."""
-    if isinstance(value, Mapping):
-        return {key: clean(part, str(key)) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(part, name) for part in value]
-    if not isinstance(value, str):
-        return value
-    if SECRET.search(name):
-        return "(not shown)"
-    return MACHINE_PATH.sub("…/", ADDRESS.sub(_address, value))
-
-
-def _address(found: re.Match[str]) -> str:
-    query = (
-        "?…" if found["query"] and re.search(r"(?i)key|token|sig|secret|password|credential", found["query"]) else None
-    )
-    if found["scheme"] == "file://":
-        return "…/" + found["rest"].rpartition("/")[2]
-    return found["scheme"] + found["rest"] + (query or found["query"] or "")
 
 
 def _share(part: float, whole: float) -> float | None:

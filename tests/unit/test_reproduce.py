@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from shared_run import DATA, change, make_run, task
 
 from controlllm import pipeline
+from controlllm.changes import differences
 from controlllm.cli_share import add_commands
 from controlllm.config import load_config
 from controlllm.errors import UserError
 from controlllm.inputs_here import Input
 from controlllm.record import nested, open_record
 from controlllm.reproduce import commands, compare_numbers, reproduce, run_again
-from controlllm.store import differences
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ TREES = st.recursive(
 
 @given(st.dictionaries(st.text("abc", min_size=1), TREES, min_size=1, max_size=4))
 def test_flat_inputs_are_read_back(tree: dict) -> None:
-    from controlllm.store import _flatten
+    from controlllm.changes import flatten
 
-    assert nested(dict(_flatten(tree))) == tree
-    assert differences(tree, nested(dict(_flatten(tree)))) == []
+    assert nested(dict(flatten(tree))) == tree
+    assert differences(tree, nested(dict(flatten(tree)))) == []
