@@ -1,10 +1,13 @@
 # Everything runs in .venv, which `make setup` fills; the system's Python is never changed.
 # Settings: RECIPE, SET ("train.lr=1e-4 train.steps=50"), ARGS (for pytest), WORKERS (test files at a time),
-# PYTHON (3.11 or 3.12).
+# PYTHON (3.11 or 3.12), PROFILE, VERSION and IMAGES ("cpu=... train=... serve=...") for register.
 
 RECIPE ?= workflows/recipes/demo.yaml
 SET ?=
 ARGS ?=
+PROFILE ?= local
+VERSION ?=
+IMAGES ?=
 WORKERS ?= 3
 PYTHON ?=
 
@@ -18,7 +21,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup finetune contrast test test-fast test-all lint lock clean distclean
+.PHONY: help setup finetune contrast register test test-fast test-all lint lock clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +38,9 @@ endif
 
 contrast:  ## the same training without control: what gets forgotten
 	@$(MAKE) --no-print-directory finetune RECIPE=workflows/recipes/demo-contrast.yaml
+
+register: .venv/.installed-main  ## register with Flyte: PROFILE=one-gpu VERSION=1 IMAGES="cpu=... train=..."
+	.venv/bin/controlllm cluster register --profile "$(PROFILE)" --version "$(VERSION)" $(foreach image,$(IMAGES),--image "$(image)")
 
 test: .venv/.installed-dev  ## everything but the slow tests; ARGS="-k pack"
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -32,7 +32,7 @@ def benchmark(
     model: FlyteDirectory,
     data: FlyteDirectory,
     config: BenchmarkConfig,
-    parts: list[FlyteDirectory | None] | None = None,
+    parts: list[FlyteDirectory | None] = [],  # noqa: B006 - Flyte reads it, nobody changes it
 ) -> Folder:
     """Scores, and a log of every item, out of what pods measured; what is missing is measured here.
 
@@ -40,7 +40,7 @@ def benchmark(
     """
     from controlllm.benchmark.stage import gather, refuse_failed
 
-    there = [local(part) for part in parts or [] if part is not None]
+    there = [local(part) for part in parts if part is not None]
     scores = gather(there, local(model), local(data), config).path
     refuse_failed(scores)
     return publish(scores)
