@@ -50,8 +50,7 @@ def measure_alphas(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     """
     settings, blocks = check_foldable(settings_of(model)), pairs(model)
     decoder: Any = model.base_model
-    nothing = next(model.parameters()).new_zeros(1, 1, decoder.config.hidden_size)
-    means = {site: _site_alpha(block, nothing) for site, block in blocks.items()}
+    means = site_alphas(model)
     gated = {site: block for site, block in blocks.items() if means[site] is None}
     totals, count = dict.fromkeys(gated, 0.0), 0
     with _kept_weights(gated) as alphas:
@@ -65,6 +64,13 @@ def measure_alphas(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
         raise UserError(f"control.interpolation: {settings.interpolation} has a weight per token; give text to measure")
     found = means | {site: total / count for site, total in totals.items()}
     return {site: settings.alpha_scale * alpha for site, alpha in found.items() if alpha is not None}
+
+
+@torch.no_grad()
+def site_alphas(model: PreTrainedModel) -> dict[int, float | None]:
+    """The weight of each twin's output, by base layer; None where each token has its own. Reads no other weights."""
+    decoder: Any = model.base_model
+    return {site: _site_alpha(block, decoder.config.hidden_size) for site, block in pairs(model).items()}
 
 
 def check_foldable(settings: ControlSettings | None, *, merged: bool = False) -> ControlSettings:
@@ -163,8 +169,10 @@ def _check_same_base(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) ->
             raise UserError(f"the two runs have different bases: their frozen tensors '{name}' are not equal")
 
 
-def _site_alpha(block: ControlBlock, nothing: Tensor) -> float | None:
+def _site_alpha(block: ControlBlock, hidden_size: int) -> float | None:
     """The weight of a site that has one for all tokens."""
+    like = next(block.interpolation.parameters(), torch.empty(0))
+    nothing = like.new_zeros(1, 1, hidden_size)
     alpha = block.interpolation.weights(nothing, nothing, nothing).alpha
     return alpha.item() if alpha.ndim == 1 else None
 

@@ -5,7 +5,7 @@ A checkpoint's `config.json` has `model_type: controlllm`, the base's type in `b
 stack the model is an ordinary one with more layers, and is saved as such.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any
 
@@ -18,6 +18,7 @@ from controlllm.control.checkpoint_config import MODEL_TYPE
 from controlllm.control.expand import expanded_config, freeze, pair, stack
 from controlllm.control.loss import forward_with_loss
 from controlllm.control.settings import ControlSettings
+from controlllm.control.spelling import renamings
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,25 @@ def _decoder_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) 
         recorded["hidden_states"] = DecoderLayer
     made = type(f"Control{base.__name__}", (base,), {
         "__init__": __init__, "config_class": config, "__module__": __name__, "_can_record_outputs": recorded,
+        "_load_pretrained_model": _loader(base),
     })  # fmt: skip
     output_capturing._CAN_RECORD_REGISTRY[str(made)] = (
         recorded  # otherwise done by __init__, which expansion goes round
     )
     return made
+
+
+def _loader(base: type[PreTrainedModel]) -> Any:
+    """Of `from_pretrained`: finds frozen tensors by the base's names, too; saved they have ours."""
+
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = renamings(model)
+        both = replace(load_config, weight_mapping=[*ours, *(load_config.weight_mapping or [])])
+        found = base._load_pretrained_model(model, state_dict, checkpoint_files, both, *args, **kwargs)
+        model._weight_conversions = [one for one in model._weight_conversions if one not in ours]
+        return found
+
+    return staticmethod(load)
 
 
 def _causal_lm_class(
@@ -167,5 +182,5 @@ def _causal_lm_class(
 
     return type(f"Control{base.__name__}", (base,), {
         "__init__": __init__, "forward": forward, "plain_forward": base.forward, "config_class": config,
-        "__module__": __name__,
+        "__module__": __name__, "_load_pretrained_model": _loader(base),
     })  # fmt: skip

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,20 @@ DTYPES = {
 }  # fmt: skip
 COPY_BYTES = 16 * 2**20
 LARGEST_HEADER = 100 * 2**20
+
+
+class Source(Protocol):
+    """A tensor that can be written."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+    def blocks(self) -> Iterator[Any]:
+        """Its bytes, in pieces."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def _broken(file: Path, why: str) -> UserError:
     return UserError(f"{file}: no whole safetensors file ({why}); download it again")
 
 
-def write(file: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[int]:
+def write(file: Path, tensors: Mapping[str, Source]) -> Iterator[int]:
     """Write the tensors under these names, in this order; yields the number of bytes of each step."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,5 +1,6 @@
 """What training changes in a model: as tensors, and as a file of its own."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,14 +70,18 @@ def load_trained(file: Path, model: nn.Module) -> None:
         saved = load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
+    require_same_run(file, {name: tensor.shape for name, tensor in saved.items()}, model)
     wanted = trained_tensors(model)
-    if saved.keys() != wanted.keys():
-        odd = sorted(saved.keys() ^ wanted.keys())[0]
-        where = "is missing in the file" if odd in wanted else "is not trained in this model"
-        raise UserError(f"{file}: is of another run: tensor '{odd}' {where}")
     for name, tensor in saved.items():
-        if tensor.shape != wanted[name].shape:
-            raise UserError(
-                f"{file}: tensor '{name}' has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}"
-            )
         wanted[name].copy_(tensor)
+
+
+def require_same_run(place: Path, shapes: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """UserError unless the names and shapes at `place` are those that training changes in `model`."""
+    wanted = trained_tensors(model)
+    if odd := sorted(shapes.keys() ^ wanted.keys()):
+        where = "is missing in the file" if odd[0] in wanted else "is not trained in this model"
+        raise UserError(f"{place}: is of another run: tensor '{odd[0]}' {where}")
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(wanted[name].shape):
+            raise UserError(f"{place}: tensor '{name}' has shape {list(shape)}, expected {list(wanted[name].shape)}")

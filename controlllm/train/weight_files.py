@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from controlllm.control import spelling
 from controlllm.errors import UserError
 from controlllm.train.model import misshapen, refuse_incomplete
 
@@ -98,7 +99,7 @@ def _renaming(plain: Any) -> Callable[[str, dict[str, Any]], tuple[str, bool]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(plain)
+    mapping = [*spelling.renamings(plain), *get_model_conversion_mapping(plain)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
