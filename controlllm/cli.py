@@ -13,8 +13,11 @@ from controlllm import (
     __version__,
     cli_assess,
     cli_benchmark,
+    cli_chat,
     cli_checkpoints,
+    cli_cluster,
     cli_data,
+    cli_lineage,
     cli_probe,
     cli_share,
     cli_train,
@@ -143,7 +146,17 @@ for _stage, (_what, _example, _next) in STAGES.items():
         app.command(_stage, rich_help_panel="Stages")(ingest if _stage == "ingest" else train)
         continue
     app.command(_stage, help=_help, short_help=_what, rich_help_panel="Stages")(_stage_command(_stage))
-for _module in (cli_assess, cli_probe, cli_checkpoints, cli_share, cli_data, cli_train):
+for _module in (
+    cli_assess,
+    cli_probe,
+    cli_checkpoints,
+    cli_chat,
+    cli_share,
+    cli_lineage,
+    cli_data,
+    cli_train,
+    cli_cluster,
+):
     _module.add_commands(app)
 
 
