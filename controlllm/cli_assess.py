@@ -1,5 +1,6 @@
 """What was learned and what was forgotten, from results that exist: compare."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +43,8 @@ def compare(
     """
     if len(results) < 2:
         raise UserError(f"compare: {results[0]} needs another one to compare with; give BASE and TUNED")
-    if not margin > 0:
-        raise UserError(f"--margin {margin:g}: must be above 0, in points or per cent of the base's loss")
+    if not 0 < margin < math.inf:
+        raise UserError(f"--margin {margin:g}: must be a number above 0, in points or per cent of the base's loss")
     if learned and len(results) < 3:
         raise UserError("--learned is for a sequence of stages: give BASE and two or more models")
     from controlllm.compare import comparison_table, find_scores, flips_table, stages_table, transfer_table
@@ -54,7 +55,10 @@ def compare(
     found = compare_scores(folders[0], folders[-1], margin=margin)
     parts: list[Any] = [comparison_table(found, f"{results[0]} → {results[-1]}"), found["overall"]["sentence"]]
     if len(results) > 2:
-        stages = compare_stages(folders, learned=_learned(learned or [], results))
+        where = _learned(learned or [], results)
+        stages = compare_stages(folders, learned=where)
+        if unknown := [task for task in where if task not in stages["tasks"]]:
+            raise UserError(f"--learned: {unknown[0]} has no place in the matrix; {', '.join(stages['tasks'])} have")
         found["stages"] = stages | {"names": results}
         parts += [stages_table(stages, results), transfer_table(stages)]
     if items is not None:
@@ -70,7 +74,7 @@ def _learned(said: list[str], results: list[str]) -> dict[str, int]:
     found = {}
     for each in said:
         stage, equals, task = each.rpartition("=")
-        number = int(stage) if stage.isdigit() else results.index(stage) if stage in results else -1
+        number = int(stage) if stage.isdecimal() else results.index(stage) if stage in results else -1
         if not equals or not 0 <= number < len(results):
             raise UserError(f"--learned {each}: write STAGE=TASK, with a stage from 0 (the base) to {len(results) - 1}")
         found[task] = number

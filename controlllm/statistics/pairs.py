@@ -15,6 +15,8 @@ Json = dict[str, Any]
 COLUMNS = ("id", "subtask", "prompt", "target", "correct", "score", "loss", "tokens")
 VALUE = {"accuracy": "correct", "exact_match": "correct", "pass": "correct", "score": "score", "loss": "loss"}
 """The column that a metric is the mean of."""
+TOLD = {"title", "suite", "kind", "role", "metrics"}
+"""What scores.json says of every task."""
 
 
 class NotComparableError(ValueError):
@@ -75,7 +77,8 @@ def read_scores(folder: Path) -> Json:
         raise UserError(f"{file}: is missing; measure the model first (controlllm benchmark)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); measure the model again (controlllm benchmark)") from None
-    if not isinstance(found, dict) or "tasks" not in found:
+    tasks = found.get("tasks") if isinstance(found, dict) else None
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) and set(task) >= TOLD for task in tasks.values()):
         raise UserError(f"{file}: is of an older version; measure the model again (controlllm benchmark)")
     return found
 
@@ -101,6 +104,8 @@ def _read(file: Path) -> dict[str, list[Any]]:
         raise UserError(f"{file}: is missing; measure the model again (controlllm benchmark)") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: is no Parquet file that can be read ({error}); measure the model again") from None
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise UserError(f"{file}: has no column '{missing[0]}'; measure the model again (controlllm benchmark)")
     return table.sort_by([("subtask", "ascending"), ("id", "ascending")]).to_pydict()
 
 

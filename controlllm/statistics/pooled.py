@@ -138,6 +138,8 @@ def _sentence(tasks: Mapping[str, Json], names: Mapping[str, Sequence[str]], poo
 
 
 def _average(old: Json) -> str:
+    if old["low"] == old["high"] == 0:
+        return f"no change at all over {len(old['tasks'])} old skill{'s' if old['tasks'][1:] else ''}"
     if old["low"] >= 0:
         return f"on average {_number(old['difference']).lstrip('+')} {old['unit']} better over old skills"
     worst = f"at most {-old['low']:.1f} {old['unit']} worse on average (95 %)"

@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from measured_tasks import flipped, hits, losses, write_results
 
@@ -102,15 +103,19 @@ def test_a_model_has_not_changed_against_itself(pair):
     found = compare_scores(pair[0], pair[0])
     assert {task["difference"] for task in found["tasks"].values()} == {0.0}
     assert {task["verdict"] for task in found["tasks"].values()} == {"kept", "drifted"}
-    assert found["overall"]["sentence"].startswith("Learned nothing that 200 items could show. Forgot nothing")
+    said = "Learned nothing that 200 items could show. Forgot nothing that 1,280 items could show: "
+    assert found["overall"]["sentence"].startswith(said)
+
+
+def test_losses_that_did_not_move_are_no_change_at_all(tmp_path):
+    folder = write_results(tmp_path / "base", {"prose": BASE["prose"]})
+    assert "no change at all over 1 old skill." in compare_scores(folder, folder)["overall"]["sentence"]
 
 
 def test_items_are_paired_whatever_their_order(tmp_path):
     order = np.random.default_rng(0).permutation(len(RIGHT))
     base = write_results(tmp_path / "base", {"mmlu": BASE["mmlu"]})
     tuned = write_results(tmp_path / "tuned", {"mmlu": TUNED["mmlu"]})
-    import pyarrow.parquet as pq
-
     file = tuned / "items" / "mmlu.parquet"
     before = compare_scores(base, tuned)
     pq.write_table(pq.read_table(file).take(order), file)
@@ -169,6 +174,8 @@ def test_scores_must_be_those_of_the_items(pair):
     (None, "is missing; measure the model first"),
     ("{", "cannot be read"),
     ('{"probes": {}}', "is of an older version"),
+    ('{"tasks": null}', "is of an older version"),
+    ('{"tasks": {"mmlu": {"title": "MMLU", "metrics": {}}}}', "is of an older version"),
 ])  # fmt: skip
 def test_no_scores_is_one_line(pair, text, says):
     (pair[1] / "scores.json").unlink()
@@ -177,6 +184,13 @@ def test_no_scores_is_one_line(pair, text, says):
     with pytest.raises(UserError, match=says) as error:
         compare_scores(*pair)
     assert "\n" not in str(error.value)
+
+
+def test_items_without_a_column_are_one_line(pair):
+    file = pair[1] / "items" / "arc.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["tokens"]), file)
+    with pytest.raises(UserError, match=r"arc\.parquet: has no column 'tokens'; measure the model again"):
+        compare_scores(*pair)
 
 
 def test_the_command_shows_tables_and_writes_them(pair, compare, tmp_path):
@@ -239,9 +253,12 @@ def test_a_checkpoint_is_found_by_what_it_holds(tmp_path, monkeypatch, store):
     (["{base}", "nowhere"], "nowhere: no such folder"),
     (["{base}", "{base}/items"], "has neither scores.json nor a model"),
     (["{base}", "{tuned}", "--items", "riddles"], "--items riddles: not compared; compared are puzzles"),
-    (["{base}", "{tuned}", "--margin", "0"], "--margin 0: must be above 0"),
+    (["{base}", "{tuned}", "--margin", "0"], "--margin 0: must be a number above 0"),
+    (["{base}", "{tuned}", "--margin", "inf"], "--margin inf: must be a number above 0"),
     (["{base}", "{tuned}", "--learned", "1=a"], "--learned is for a sequence"),
     (["{base}", "{tuned}", "{tuned}", "--learned", "7=arc"], "--learned 7=arc: write STAGE=TASK, with a stage from 0"),
+    (["{base}", "{tuned}", "{tuned}", "--learned", "²=arc"], "--learned ²=arc: write STAGE=TASK"),
+    (["{base}", "{tuned}", "{tuned}", "--learned", "1=riddles"], "riddles has no place in the matrix; puzzles, mmlu"),
     (["{base}", "{tuned}", "--json", "{base}/no/x.json"], "cannot be written"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(pair, compare, arguments, says):
