@@ -28,12 +28,11 @@ OWN_FILES = ("config.json", "lineage.json", "fold.json")
 def load(checkpoint: Path | str, *, alpha_scale: float = 1.0, dtype: str | None = None) -> Any:
     """The expanded model at `alpha_scale`, of any layout; `dtype` is the checkpoint's own when left out."""
     values = _config_at(Path(checkpoint), alpha_scale)
-    from transformers import AutoModelForCausalLM
-
     from controlllm.control.model import family
+    from controlllm.tuned import load_whole
 
     config = family(values["base_model_type"]).config.from_dict(values)  # a stack is stored as a plain model
-    return AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=dtype or "auto")
+    return load_whole(checkpoint, config=config, dtype=dtype)
 
 
 def dial(

@@ -6,19 +6,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from controlllm.errors import UserError
+
 
 def load_tuned(folder: Path | str, *, dtype: str | None = None) -> Any:
     """What `AutoModelForCausalLM.from_pretrained` gives, with the virtual tokens of `adapter/` before every document.
 
     dtype: by its name in torch, the folder's own when left out. UserError where the virtual tokens cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    loaded = load_whole(folder, dtype=dtype)
     if has_virtual_tokens(folder):
         from controlllm.train.prompt_files import load_prompt
 
         load_prompt(loaded, Path(folder, "adapter"))
+    return loaded
+
+
+def load_whole(folder: Path | str, *, dtype: str | None = None, **more: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, but UserError for a tensor that is not there: it would be random."""
+    from transformers import AutoModelForCausalLM
+
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **more)
+    loaded, found = both
+    for name in sorted(found["missing_keys"]):
+        raise UserError(f"{folder}: tensor '{name}' is missing; its config.json describes a model that needs it")
     return loaded
 
 

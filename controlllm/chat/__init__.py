@@ -1,0 +1,1 @@
+"""Talking to a checkpoint of any stage in a terminal."""
