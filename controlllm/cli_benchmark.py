@@ -70,6 +70,8 @@ def _measure(
     if not is_checkpoint(target):
         if Path(target).is_dir():
             raise UserError(f"{target}: has no config.json, so it is no checkpoint; give a Hugging Face folder")
+        if suite and not Path(target).is_file():
+            raise UserError(f"{target}: no such folder; give that of a checkpoint, a Hugging Face folder")
         if given := [*own, *(["suite"] if suite else []), *(["to"] if to else [])]:
             name = given[0].replace("_", "-")
             raise UserError(f"--{name} is for a checkpoint; with a recipe write benchmark.KEY=VALUE behind it")
@@ -93,11 +95,12 @@ def _config(suite: str, own: dict[str, Any]) -> Any:
         config = BenchmarkConfig.model_validate({"new": [], "old": names} | own)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {first['input']}: {first['msg']}") from None
     if mistake := config_mistake(config):
         key, said = mistake.split(": ", 1)
         option = {"data": "--data", "backend": "--backend"}.get(key.split(".")[1], "--suite")
-        raise UserError(f"{option}: {said}")
+        raise UserError(f"{option}: {said.replace('set benchmark.run_code to true', 'allow it with --run-code')}")
     return config
 
 

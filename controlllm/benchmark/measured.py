@@ -1,6 +1,7 @@
 """A checkpoint measured by itself, without a recipe: its results in a folder of its own, with a table."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def measure(checkpoint: Path, config: BenchmarkConfig, *, to: Path | None = None
     Tasks that the folder has from before stay in it, unless they are measured again.
     """
     folder, checkpoint = to or results_folder(checkpoint), checkpoint.resolve()
+    _check(folder)
     data = None
     if probes := probes_of(config):
         if "drift" in probes:
@@ -48,10 +50,22 @@ def measure(checkpoint: Path, config: BenchmarkConfig, *, to: Path | None = None
     return folder
 
 
+def _check(folder: Path) -> None:
+    """Before anything is measured: that its results can be put there."""
+    there = next(place for place in (folder / "items", folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file; give another folder with --to")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: {there} cannot be written; give another folder with --to")
+
+
 def _merge(made: Path, folder: Path) -> dict[str, Any]:
     """Put results into a folder; other tasks of the same checkpoint stay."""
     scores = json.loads((made / "scores.json").read_text())
-    (folder / "items").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "items").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another folder with --to") from None
     results = json.loads((made / "results.json").read_text())
     if (file := folder / "scores.json").is_file():
         before = json.loads(file.read_text())

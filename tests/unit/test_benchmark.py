@@ -147,16 +147,20 @@ def test_a_checkpoint_needs_no_recipe(tiny_base, tmp_path, monkeypatch, capsys):
         (["{model}"], "say with --suite what is measured"),
         (["{model}", "--suite", "pros"], "--suite: unknown task 'pros'; did you mean 'prose'?"),
         (["{model}", "--suite", "drift"], "drift is measured from a base model's answers"),
-        (["{model}", "--suite", "prose", "--dtype", "int3"], "--dtype: Input should be"),
+        (["{model}", "--suite", "prose", "--dtype", "int3"], "--dtype int3: Input should be"),
+        (["{model}", "--suite", "code"], "humaneval runs programs that the model writes; allow it with --run-code"),
+        (["{model}", "--suite", "prose", "--to", "{model}/config.json"], "config.json is a file; give another folder"),
+        (["nowhere", "--suite", "prose"], "nowhere: no such folder"),
         (["{model}", "--suite", "prose", "--data", "nowhere"], "--data: nowhere is no folder"),
         (["{model}", "a=1", "--suite", "prose"], "a=1: a checkpoint has no recipe"),
-        (["nowhere.yaml", "--suite", "prose"], "--suite is for a checkpoint"),
+        (["{model}/../recipe.yaml", "--suite", "prose"], "--suite is for a checkpoint"),
         (["."], "has no config.json"),
         ([], "give a recipe, or a checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(args, said, tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tiny_base / "../recipe.yaml").write_text("name: x")
     assert main(["benchmark", *(arg.format(model=tiny_base) for arg in args)]) == 1
     error = capsys.readouterr().err
     assert said in error
