@@ -12,22 +12,33 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#888888"
 PANELS: dict[Measure, str] = {
-    "old": "Loss on old text above the base's, nats",
-    "kl": "KL from base to model on old text, nats",
+    "old": "Loss on old text above the base's",
+    "kl": "KL from base to model on old text",
 }
 GAINS = [k / 100 for k in range(20, 91)]
-SIZE = {"width": 380, "height": 340}
+SIZE = {"width": 400, "height": 250}
 LABEL = 13
 """Pixels between two labels."""
+WHOLE = 0.76
+"""The gain up to which all curves stand in the picture; beyond it some leave it at the top."""
 
 
 def draw(results: Results, names: Sequence[str], file: Path) -> None:
-    """A PNG with a panel per measure; a curve goes on as far as all its seeds do."""
+    """A PNG: a column per measure, the models as trained above, with the dial below. A curve goes as far as all its
+    seeds do."""
     import altair as alt
     import vl_convert
 
-    chart = alt.hconcat(*(_panel(results, names, measure, title) for measure, title in PANELS.items()))
-    chart = chart.properties(title="What is forgotten at equal gain: mean and range over seeds, lower is better")
+    rows = {
+        "as trained": [name for name in names if not name.endswith(DIAL)],
+        "with the dial": [name for name in names if name.endswith(DIAL)],
+    }
+    panels = [
+        alt.hconcat(*(_panel(results, some, measure, f"{title}, {way}") for measure, title in PANELS.items()))
+        for way, some in rows.items()
+        if some
+    ]
+    chart = alt.vconcat(*panels, title="What is forgotten at equal gain: mean and range over seeds, lower is better")
     chart = chart.configure(font="sans-serif", background="white").configure_view(stroke=None)
     file.write_bytes(vl_convert.vegalite_to_png(chart.configure_axis(titleFontWeight="normal").to_dict(), scale=2))
 
@@ -37,17 +48,19 @@ def _panel(results: Results, names: Sequence[str], measure: Measure, title: str)
 
     rows = [row for name in names for row in _curve(results, name, measure)]
     ends = _labels(rows)
-    x = alt.X(
-        "gain:Q", title="Gain: loss on held-out puzzles below the base's, nats", scale=alt.Scale(zero=False, nice=False)
-    )
-    y = alt.Y("mean:Q", title=title)
+    # The end of a curve can rise so steeply that it would flatten all others.
+    top = 1.15 * max((row["high"] for row in rows if row["gain"] <= WHOLE), default=1.0)
+    axis = alt.Axis(values=[k / 10 for k in range(2, 10)], format=".1f")
+    x = alt.X("gain:Q", title="Gain: loss on held-out puzzles below the base's, nats", axis=axis,
+              scale=alt.Scale(domain=[GAINS[0], max((row["gain"] for row in rows), default=1.0)], nice=False))  # fmt: skip
+    y = alt.Y("mean:Q", title="nats", scale=alt.Scale(domainMax=top, clamp=False))
     color = alt.Color("name:N", scale=alt.Scale(domain=list(names), range=[_colour(n) for n in names]), legend=None)
-    dashed = alt.StrokeDash("dial:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [4, 3]]), legend=None)
     shared = alt.Chart(alt.InlineData(values=rows)).encode(x=x, color=color)
-    band = shared.mark_area(opacity=0.13).encode(y="low:Q", y2="high:Q", detail="name:N")
-    line = shared.mark_line(strokeWidth=2).encode(y=y, strokeDash=dashed)
+    band = shared.mark_area(opacity=0.13, clip=True).encode(y="low:Q", y2="high:Q", detail="name:N")
+    line = shared.mark_line(strokeWidth=2, clip=True).encode(y=y)
     text = alt.Chart(alt.InlineData(values=ends)).mark_text(align="left", dx=6, fontSize=11)
-    return (band + line + text.encode(x=x, y="place:Q", text="name:N", color=color)).properties(**SIZE)
+    text = text.encode(x=x, y="place:Q", text="label:N", color=color)
+    return (band + line + text).properties(title=alt.TitleParams(title, fontSize=12, fontWeight="normal"), **SIZE)
 
 
 def _curve(results: Results, name: str, measure: Measure) -> list[dict[str, Any]]:
@@ -55,22 +68,31 @@ def _curve(results: Results, name: str, measure: Measure) -> list[dict[str, Any]
     for gain in GAINS:
         cell = results.cell(name, measure, gain)
         if len(cell.values) == cell.seeds:
-            row = {"mean": cell.mean, "low": min(cell.values), "high": max(cell.values)}
-            rows.append({"name": name, "dial": name.endswith(DIAL), "gain": gain} | row)
+            rows.append(
+                {"name": name, "gain": gain, "mean": cell.mean, "low": min(cell.values), "high": max(cell.values)}
+            )
     return rows
 
 
 def _labels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The end of every curve, and a height for its name at which no other name stands."""
+    """Names at the right, in the order and near the heights in which the curves stand at the gain all are drawn to."""
     if not rows:
         return []
-    ends = {row["name"]: row for row in rows}
     right = max(row["gain"] for row in rows)
-    apart = LABEL / SIZE["height"] * (max(row["high"] for row in rows) - min(row["low"] for row in rows))
+    top = 1.15 * max((row["high"] for row in rows if row["gain"] <= WHOLE), default=1.0)
+    apart = LABEL / SIZE["height"] * (top - min(0.0, *(row["low"] for row in rows)))
+    ends = {row["name"]: row for row in rows}
     placed: list[dict[str, Any]] = []
     for row in sorted(ends.values(), key=lambda row: row["mean"]):
         lowest = placed[-1]["place"] + apart if placed else row["mean"]
-        placed.append({"name": row["name"], "gain": right, "place": max(row["mean"], lowest)})
+        label = row["name"].removesuffix(DIAL)
+        placed.append({"name": row["name"], "label": label, "gain": right, "place": max(row["mean"], lowest)})
+    over = placed[-1]["place"] - top
+    if over > 0:  # from the top down, so that nothing stands outside
+        ceiling = top
+        for label in reversed(placed):
+            label["place"] = min(label["place"], ceiling)
+            ceiling = label["place"] - apart
     return placed
 
 
