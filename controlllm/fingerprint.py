@@ -24,8 +24,9 @@ CODE: dict[str, tuple[str, ...]] = {
     "prepare piece": ("prepare.py", "data"),
     "train": ("train", "control", "data/loader.py", "data/order.py", "data/shelf.py"),
     "consolidate": (
-        "consolidate.py",
-        *(f"train/{name}.py" for name in ("adapters", "model", "partial", "trained")),
+        "consolidate",
+        "merging.py",
+        *(f"train/{name}.py" for name in ("adapters", "model", "partial", "trained", "twins", "weights")),
         "control",
     ),
     "benchmark task": (

@@ -70,7 +70,7 @@ def _train(config: RunConfig, made: Made, started: datetime) -> None:
 def _consolidate(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.consolidate import consolidate
 
-    made.model = consolidate(made.base, _present(made.trained), config.method).path
+    made.model = consolidate(made.base, _present(made.trained), config.method, config.export).path
 
 
 def _benchmark(config: RunConfig, made: Made, started: datetime) -> None:

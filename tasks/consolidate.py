@@ -12,6 +12,7 @@ from controlllm.config import (
     PromptConfig,
     QuantizationConfig,
 )
+from controlllm.config.export import ExportConfig
 from tasks import cluster
 from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
 
@@ -30,6 +31,7 @@ def consolidate(
     prompt: PromptConfig | None,
     partial: PartialConfig | None,
     quantization: QuantizationConfig | None,
+    export: ExportConfig,
 ) -> Folder:
     """Base and trained tensors as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads."""
     from controlllm.consolidate import consolidate as consolidate_stage
@@ -42,4 +44,4 @@ def consolidate(
         partial=partial,
         quantization=quantization,
     )
-    return publish(consolidate_stage(local(base), local(trained), method).path)
+    return publish(consolidate_stage(local(base), local(trained), method, export).path)

@@ -79,6 +79,7 @@ def finetune(config: Recipe) -> Finetuned:
         prompt=config.prompt,
         partial=config.partial,
         quantization=config.quantization,
+        export=config.export,
     )
     base_scores = measured(model=raw.base, data=raw.data, config=config.benchmark)
     tuned_scores = measured(model=model, data=raw.data, config=config.benchmark)

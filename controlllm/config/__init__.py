@@ -15,6 +15,7 @@ from controlllm.config.assess import (
 )
 from controlllm.config.base import Config
 from controlllm.config.data import DatasetConfig, MixConfig, PackConfig
+from controlllm.config.export import ExportConfig
 from controlllm.config.method import (
     INTERPOLATIONS,
     SCALAR_ALPHA,
@@ -54,6 +55,7 @@ __all__ = [
     "ControlConfig",
     "DatasetConfig",
     "DeepSpeed",
+    "ExportConfig",
     "GenerateConfig",
     "GuardsConfig",
     "IA3Config",

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from controlllm.config.assess import BenchmarkConfig, ProbeConfig, ReportConfig, SmokeConfig, ValidationConfig
 from controlllm.config.base import Config, Name
 from controlllm.config.data import MixConfig, PackConfig
+from controlllm.config.export import ExportConfig
 from controlllm.config.method import (
     ControlConfig,
     IA3Config,
@@ -41,6 +42,7 @@ class RunConfig(Config):
     pack: PackConfig = PackConfig()
     mix: MixConfig
     train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
     validation: ValidationConfig | None = None
     benchmark: BenchmarkConfig = BenchmarkConfig()
     smoke: SmokeConfig | None = SmokeConfig()
@@ -59,6 +61,18 @@ class RunConfig(Config):
     def _dial_has_twins(self) -> "RunConfig":
         if self.report.dial and not self.control:
             raise ValueError("report.dial turns twins down, and this run has none: leave it out, or give control")
+        if self.report.dial and self.export.form == "folded":
+            raise ValueError("report.dial turns twins down, and export.form folded keeps none: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _folds(self) -> "RunConfig":
+        control = self.control
+        if self.export.form != "folded" or control is None or control.layout == "stack":
+            return self
+        if control.interpolation == "prog" or control.norm_relaxation != 0:
+            found = "interpolation prog" if control.interpolation == "prog" else "norm_relaxation"
+            raise ValueError(f"export.form folded has no place for control.{found}: use form expanded, or leave it out")
         return self
 
     @model_validator(mode="after")
