@@ -50,9 +50,9 @@ def _panel(results: Results, names: Sequence[str], measure: Measure, title: str)
     ends = _labels(rows)
     # The end of a curve can rise so steeply that it would flatten all others.
     top = 1.15 * max((row["high"] for row in rows if row["gain"] <= WHOLE), default=1.0)
+    gains = alt.Scale(domain=[GAINS[0], max((row["gain"] for row in rows), default=1.0)], nice=False)
     axis = alt.Axis(values=[k / 10 for k in range(2, 10)], format=".1f")
-    x = alt.X("gain:Q", title="Gain: loss on held-out puzzles below the base's, nats", axis=axis,
-              scale=alt.Scale(domain=[GAINS[0], max((row["gain"] for row in rows), default=1.0)], nice=False))  # fmt: skip
+    x = alt.X("gain:Q", title="Gain: loss on held-out puzzles below the base's, nats", axis=axis, scale=gains)
     y = alt.Y("mean:Q", title="nats", scale=alt.Scale(domainMax=top, clamp=False))
     color = alt.Color("name:N", scale=alt.Scale(domain=list(names), range=[_colour(n) for n in names]), legend=None)
     shared = alt.Chart(alt.InlineData(values=rows)).encode(x=x, color=color)
