@@ -152,16 +152,19 @@ class _NativeRelaxedNorm(RelaxedNorm):
 
 @cache
 def _native_class(name: str) -> type:
+    from vllm.model_executor.models.interfaces import SupportsQuant
+
     module = importlib.import_module(f"vllm.model_executor.models.{NATIVE[name]}")
     base: Any = getattr(module, name.removeprefix("Control"))
 
-    class ControlNative(base):
+    class ControlNative(base, SupportsQuant):  # of all these only Qwen3's class lacks it
+        def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
+            if _has_native_layers(vllm_config.model_config.hf_config):
+                return super().__new__(cls, vllm_config=vllm_config, prefix=prefix)
+            return _backend_class()(vllm_config=vllm_config, prefix=prefix)
+
         def __init__(self, *, vllm_config: Any, prefix: str = ""):
             config = vllm_config.model_config.hf_config
-            if not _has_native_layers(config):
-                self.__class__ = _backend_class()
-                self.__init__(vllm_config=vllm_config, prefix=prefix)
-                return
             settings = _settings(config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             _expand(self.model, settings, vllm_config, prefix=f"{prefix}.model".lstrip("."))

@@ -36,13 +36,17 @@ def run(job: Json) -> list[Any]:
         engine.llm_engine.engine_core.shutdown()
 
 
-def generate(engine: Any, prompts: list[list[int]], **sampling: Any) -> list[list[list[int]]]:
-    """For each prompt the tokens of its n answers."""
+def generate(
+    engine: Any, prompts: list[list[int]], seen: list[int] | None = None, **sampling: Any
+) -> list[list[list[int]]]:
+    """For each prompt the tokens of its n answers; `seen` receives how many of its own tokens were cached."""
     from vllm import SamplingParams
 
     greedy = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "detokenize": False}
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = engine.generate(inputs, SamplingParams(**greedy | sampling), use_tqdm=False)
+    if seen is not None:
+        seen += [output.num_cached_tokens for output in outputs]
     return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
 
 
@@ -54,18 +58,39 @@ def turn(engine: Any, scale: float) -> None:
 
 
 def facts(engine: Any) -> Json:
-    core = engine.llm_engine.engine_core.engine_core
-    cache = core.scheduler.kv_cache_config
+    cache = _scheduler(engine).kv_cache_config
     return {
-        "class": engine.apply_model(lambda model: type(model).__name__)[0],
+        "classes": engine.apply_model(lambda model: type(model).__name__),
+        "parameters": engine.apply_model(lambda model: {n: list(p.shape) for n, p in model.named_parameters()}),
         "layers": [name for group in cache.kv_cache_groups for name in group.layer_names],
         "blocks": cache.num_blocks,
         "bytes": sum(tensor.size for tensor in cache.kv_cache_tensors),
-        "preempted": core.scheduler.__dict__.get("num_preempted", None),
     }
 
 
-STEPS = {"generate": generate, "turn": turn, "facts": facts}
+def preempted(engine: Any, **generation: Any) -> Json:
+    """What `generate` gives, and how often a request lost its blocks meanwhile."""
+    scheduler, victims = _scheduler(engine), []
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *more, **named: (
+        victims.append(request) or preempt(request, *more, **named)
+    )
+    return {"tokens": generate(engine, **generation), "times": len(victims)}
+
+
+def cached(engine: Any, **generation: Any) -> Json:
+    """What `generate` gives the second time, and how many tokens of prompts were found in the cache."""
+    generate(engine, **generation)
+    found: list[int] = []
+    tokens = generate(engine, **generation, seen=found)
+    return {"tokens": tokens, "found": sum(found)}
+
+
+def _scheduler(engine: Any) -> Any:
+    return engine.llm_engine.engine_core.engine_core.scheduler
+
+
+STEPS = {"generate": generate, "turn": turn, "facts": facts, "preempted": preempted, "cached": cached}
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
