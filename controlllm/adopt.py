@@ -9,8 +9,9 @@ from controlllm.fingerprint import sync
 from controlllm.store import find_lineage, read_lineage, store_root
 
 
-def adopt(folder: Path) -> None:
-    """Its stage finds it then; a store that has it, such as one that all machines share, is left as it is.
+def adopt(folder: Path) -> Path:
+    """Its stage finds it then, and so does the returned path; what the store has, maybe by another machine, is left as
+    it is.
 
     Raises UserError when the folder is no stage's output. Files are verified when they are asked for.
     """
@@ -20,10 +21,11 @@ def adopt(folder: Path) -> None:
     final, partial = home / lineage["key"], home / f".{lineage['key']}.adopted"
     with FileLock(home / f".{lineage['key']}.lock"):
         if find_lineage(final) is not None:
-            return
+            return final
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(folder, partial)
         for file in (*partial.rglob("*"), partial):
             sync(file)
         partial.rename(final)
         sync(home)
+    return final

@@ -109,8 +109,9 @@ def _looks(config: RunConfig, made: Made) -> None:
 
 def _report(config: RunConfig, made: Made, started: datetime) -> None:
     from controlllm.deliver import report
-    from controlllm.promote import promote
+    from controlllm.promote import asks, promote
 
+    asks(config, someone=False)
     _looks(config, made)
     report(
         config,

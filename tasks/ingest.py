@@ -9,6 +9,11 @@ from tasks import cluster
 from tasks.artifacts import Folder, Recipe, is_local, one_line_errors, publish, stage_cache
 
 
+class Checked(NamedTuple):
+    name: str
+    approval: bool
+
+
 class Ingested(NamedTuple):
     base: Folder
     data: Folder
@@ -16,12 +21,13 @@ class Ingested(NamedTuple):
 
 @task(**cluster.runs("preflight"))
 @one_line_errors
-def preflight(config: Recipe) -> str:
-    """Refuse at once what cannot work; returns the run's name."""
+def preflight(config: Recipe) -> Checked:
+    """Refuse at once what cannot work; returns the run's name, and whether a person is asked before promotion."""
     from controlllm.preflight import check
+    from controlllm.promote import asks
 
     check(config, serving=is_local())
-    return config.name
+    return Checked(config.name, asks(config, someone=not is_local()))
 
 
 @task(

@@ -1,17 +1,32 @@
 """The gate: the run's model is the tuned one only if nothing was forgotten beyond what the recipe allows."""
 
+from pathlib import Path
+
 from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import cluster
-from tasks.artifacts import Folder, Recipe, local, one_line_errors, publish
+from tasks.artifacts import Folder, Recipe, is_local, local, one_line_errors, publish
 
 
 @task(**cluster.runs("promote"))
 @one_line_errors
-def promote(config: Recipe, model: FlyteDirectory, base_scores: FlyteDirectory, tuned_scores: FlyteDirectory) -> Folder:
-    """The model, where `benchmark.gate` lets it pass; an error that says what was lost where not."""
+def promote(
+    config: Recipe,
+    model: FlyteDirectory,
+    base_scores: FlyteDirectory,
+    tuned_scores: FlyteDirectory,
+    approved: bool,
+) -> Folder:
+    """The model, where `benchmark.gate` and whoever was asked let it pass; an error that says why where not."""
     from controlllm.promote import promote as promote_stage
 
-    made = promote_stage(config, model=local(model), base_scores=local(base_scores), tuned_scores=local(tuned_scores))
-    return publish(made)
+    scores = {"base_scores": _kept(base_scores), "tuned_scores": _kept(tuned_scores)}
+    return publish(promote_stage(config, model=_kept(model), **scores, approved=approved))
+
+
+def _kept(directory: FlyteDirectory) -> Path:
+    """Where the folder outlives this pod: the run's folder only links to it."""
+    from controlllm.adopt import adopt
+
+    return local(directory) if is_local() else adopt(local(directory))

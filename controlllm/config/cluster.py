@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from controlllm.config.base import Config, Name
+from controlllm.config.launch import Launch
 from controlllm.config.pods import PODS, Label, Pod, SecretKey, ServePod, TrainPod, Volume, refuse_secrets
 from controlllm.errors import UserError
 from controlllm.fingerprint import PACKAGE
@@ -45,6 +46,8 @@ class Profile(Config):
     """Ingest, prepare, consolidate: CPU, memory and disk."""
     train: TrainPod
     serve: ServePod
+    launch: Launch = Launch()
+    """Of the launch plans."""
 
     @property
     def processes(self) -> int:

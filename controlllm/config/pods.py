@@ -10,10 +10,13 @@ from controlllm.config.base import Config, Count, Number, Positive
 PodKind = Literal["light", "data", "train", "serve"]
 PODS: dict[str, PodKind] = {
     "preflight": "light",
+    "for_tick": "light",
     "plan_pieces": "light",
     "plan_benchmark": "light",
     "report": "light",
+    "assessment": "light",
     "ingest": "data",
+    "fetch": "data",
     "prepare_piece": "data",
     "prepare": "data",
     "consolidate": "data",

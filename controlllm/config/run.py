@@ -9,6 +9,7 @@ from controlllm.config.assess import BenchmarkConfig, ProbeConfig, ReportConfig,
 from controlllm.config.base import Config, Name
 from controlllm.config.data import MixConfig, PackConfig
 from controlllm.config.export import ExportConfig
+from controlllm.config.launch import PromoteConfig
 from controlllm.config.method import (
     ControlConfig,
     IA3Config,
@@ -48,6 +49,7 @@ class RunConfig(Config):
     smoke: SmokeConfig | None = SmokeConfig()
     probe: ProbeConfig | None = None
     report: ReportConfig = ReportConfig()
+    promote: PromoteConfig = PromoteConfig()
 
     @model_validator(mode="before")
     @classmethod
