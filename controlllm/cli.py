@@ -19,6 +19,7 @@ from controlllm import (
     cli_data,
     cli_lineage,
     cli_probe,
+    cli_runs,
     cli_share,
     cli_train,
 )
@@ -156,6 +157,7 @@ for _module in (
     cli_data,
     cli_train,
     cli_cluster,
+    cli_runs,
 ):
     _module.add_commands(app)
 
@@ -235,14 +237,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake is one line on stderr and exit code 1, or 2 if the command itself is wrong."""
     prepare_environment()
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"] or ["--help"]
     if args == ["--version"]:
         print(f"controlllm {__version__}")
         return 0
+    return run_app(app, args, "controlllm")
+
+
+def run_app(commands: typer.Typer, args: list[str], name: str) -> int:
+    """One command of `commands`, which are called `name`; returns the exit code that `main` promises."""
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"] or ["--help"]
     try:
         with _debugging() if debug and args[0] == "train" else nullcontext():
-            code = app(args, prog_name="controlllm", standalone_mode=False)
+            code = commands(args, prog_name=name, standalone_mode=False)
         _flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         return 1

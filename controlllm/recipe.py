@@ -76,7 +76,11 @@ for _tag, _pattern, _first in (
 
 def read(recipe: Path, *overrides: str) -> tuple[dict[str, Any], Source]:
     """A recipe with `section.key=value` overrides applied left to right, not yet validated."""
-    tree, source = read_recipe(recipe)
+    return apply(*read_recipe(recipe), *overrides)
+
+
+def apply(tree: dict[str, Any], source: Source, *overrides: str) -> tuple[dict[str, Any], Source]:
+    """A tree with `section.key=value` overrides applied left to right, and where everything in it now stands."""
     for override in overrides:
         path, value = read_override(override)
         tree = _replace(tree, path, value, override)

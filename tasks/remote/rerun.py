@@ -1,0 +1,94 @@
+"""A run again: as it was, from where it failed, or from a stage on with the outputs before it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flytekit.models.core.identifier import WorkflowExecutionIdentifier
+from flytekit.remote import FlyteRemote
+
+from controlllm.errors import UserError
+from tasks.remote.diff import plain
+from tasks.remote.facts import Run, identity_of, run_of
+
+STARTS: dict[str, tuple[str, ...]] = {
+    "prepare": ("base", "data"),
+    "train": ("base", "data", "shards"),
+    "consolidate": ("base", "data", "shards", "trained"),
+    "benchmark": ("base", "data", "shards", "trained", "model"),
+}
+"""The stages that a run can begin with, and what it takes over: inputs of `workflows.finetune.from_STAGE`."""
+MADE_BY = {
+    "base": ("ingest", "base"),
+    "data": ("ingest", "data"),
+    "shards": ("prepare", "o0"),
+    "trained": ("train", "o0"),
+    "model": ("consolidate", "o0"),
+}
+
+
+def recover(remote: FlyteRemote, name: str) -> str:
+    """What succeeded is taken over; the rest runs. Returns the new run's name."""
+    run = run_of(remote, name)
+    if run.state not in ("failed", "aborted", "timed_out"):
+        raise UserError(f"--recover: {name} is {run.state}; only what failed is recovered: use --relaunch or --from")
+    return remote.client.recover_execution(identity_of(remote, name)).name
+
+
+def relaunch(remote: FlyteRemote, name: str) -> str:
+    """The same launch plan and inputs; Flyte's cache answers where it can."""
+    return remote.client.relaunch_execution(identity_of(remote, name)).name
+
+
+def rerun_from(
+    remote: FlyteRemote, name: str, stage: str, *, overrides: Sequence[str], version: str | None, again: bool
+) -> str:
+    """The run's outputs before `stage`, and from there on the run again, with settings changed by `overrides`.
+
+    again: Flyte's cache is not asked. version: of what is registered; the run's own when left out.
+    """
+    if stage not in STARTS:
+        raise UserError(f"--from {stage}: is none of {', '.join(STARTS)}; --relaunch begins at the beginning")
+    run = run_of(remote, name)
+    literals = _outputs(remote, run)
+    missing = [each for each in STARTS[stage] if each not in literals]
+    if missing:
+        raise UserError(
+            f"--from {stage}: {name} has no output of {MADE_BY[missing[0]][0]}; start earlier, or use --recover"
+        )
+    inputs: dict[str, Any] = {each: literals[each] for each in STARTS[stage]}
+    inputs["config"] = _config(remote, run, overrides)
+    plan = remote.fetch_launch_plan(name=f"workflows.finetune.from_{stage}", version=version or run.version)
+    return remote.execute(plan, inputs=inputs, overwrite_cache=again or None).id.name
+
+
+def _outputs(remote: FlyteRemote, run: Run) -> dict[str, Any]:
+    """The folders that a run made, or was given, by their name as inputs of a later stage."""
+    given = remote.client.get_execution_data(identity_of(remote, run.id)).full_inputs.literals
+    found = {name: literal for name, literal in given.items() if name in MADE_BY}
+    for name, (stage, output) in MADE_BY.items():
+        for each in run.stages:
+            if each.name == stage and each.depth == 0 and output in each.outputs:
+                found[name] = _node_outputs(remote, run, each.id)[output]
+    return found
+
+
+def _node_outputs(remote: FlyteRemote, run: Run, node: str) -> Mapping[str, Any]:
+    from flytekit.models.core.identifier import NodeExecutionIdentifier
+
+    own = WorkflowExecutionIdentifier(remote.default_project, remote.default_domain, run.id)
+    return remote.client.get_node_execution_data(NodeExecutionIdentifier(node, own)).full_outputs.literals
+
+
+def _config(remote: FlyteRemote, run: Run, overrides: Sequence[str]) -> Any:
+    """The run's recipe as it ran, with the time in its name if a schedule gave it one; UserError for a wrong change."""
+    from controlllm.config import validate
+    from controlllm.recipe import Source, apply
+    from tasks.artifacts import Recipe
+
+    dated = next((each for each in run.stages if each.name == "for_tick" and each.outputs), None)
+    literals = remote.client.get_execution_data(identity_of(remote, run.id)).full_inputs.literals
+    literal = _node_outputs(remote, run, dated.id)["o0"] if dated else literals.get("config")
+    if literal is None:
+        raise UserError(f"{run.id}: is no run of a recipe; use --relaunch")
+    tree, source = apply(plain(literal), Source(file=f"the recipe of {run.id}"), *overrides)
+    return Recipe.model_validate(validate(tree, source).model_dump())
