@@ -90,9 +90,9 @@ class Experiment:
             yield from self.runs(method, self.first_seed)
 
     def later(self, rates: Mapping[str, Sequence[str]]) -> Iterator[Run]:
-        """The other seeds of methods, at the learning rates that decided something with the first: the first two of
-        every method before any third."""
-        for places in (slice(2), slice(2, None)):
+        """The other seeds of methods, at the learning rates that decided something with the first: the best of
+        every method before any second."""
+        for places in (slice(1), slice(1, 2), slice(2, None)):
             for seed in self.values["seeds"][1:]:
                 for method, ranked in rates.items():
                     yield from (run for run in self.runs(method, int(seed)) if run.lr in ranked[places])
