@@ -94,7 +94,7 @@ def _body(record: Record, about: Json, name: str, license: str | None, base_mode
         versions=versions(record),
         machine=record.summary.get("environment", {}).get("machine", {}),
         cost={"flops": None, "memory": None, **record.summary.get("cost", {})},
-        failed=record.summary.get("failed", {}),
+        left_out=record.summary.get("comparison", {}).get("left_out", {}),
         stages=record.results,
     )
 

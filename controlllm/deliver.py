@@ -41,6 +41,7 @@ def report(
              "benchmark (base)": base_scores, "benchmark (tuned)": tuned_scores}  # fmt: skip
     order |= {"smoke": smoke} if smoke else {}
     more = {name: folder for name, folder in (("dial", dial), ("probe", probe)) if folder}
+    order |= more
     memory = _predicted_memory(config, base, json.loads((trained / "train.json").read_text()))
 
     def build(folder: Path) -> None:
@@ -116,7 +117,10 @@ def _stored_report(config: RunConfig, name: str) -> Path | None:
 def _stage_time(stage: str, path: Path, started: datetime) -> StageTime:
     lineage: dict[str, Any] = read_lineage(path)
     cached = datetime.fromisoformat(lineage["finished"]) < started.replace(microsecond=0)
-    return StageTime(stage, lineage["seconds"], cached, lineage["key"], lineage["finished"])
+    seconds = lineage["seconds"]
+    if (scores := path / "scores.json").is_file():  # what is stored there was measured by a stage for each task
+        seconds += json.loads(scores.read_text())["seconds"]
+    return StageTime(stage, seconds, cached, lineage["key"], lineage["finished"])
 
 
 def _deliver(made: Path, output: Path) -> Path:

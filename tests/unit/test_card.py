@@ -45,11 +45,12 @@ def test_the_text_has_numbers_data_settings_and_no_path(tiny_base: Path, tmp_pat
         assert str(folder) not in text
 
 
-def test_what_failed_what_it_cost_and_where(tiny_base: Path, tmp_path: Path, store: Path) -> None:
+def test_what_was_not_compared_what_it_cost_and_where(tiny_base: Path, tmp_path: Path, store: Path) -> None:
     machine = {"device": "CPU (x86_64)", "cores": 2, "python": "3.11.7"}
-    told = summary(failed={"gsm8k": "base model: no data"}, cost={"flops": 1.5e15, "memory": 2e9, "seconds": 1})
+    told = summary(cost={"flops": 1.5e15, "memory": 2e9, "seconds": 1})
+    told["comparison"]["left_out"] = {"gsm8k": "item 3 has a loss of nan after"}
     text = make_card(make_run(tmp_path, tiny_base, numbers=told | {"environment": {"machine": machine}}))
-    assert "- gsm8k could not be measured: base model: no data" in text
+    assert "- gsm8k was not compared: item 3 has a loss of nan after" in text
     assert "1.5e+15 FLOPs, at most 2.0 GB of memory in each" in text
     assert "Machine: CPU (x86\\_64), 2 cores, Python 3.11.7." in text
 

@@ -20,7 +20,11 @@ def test_a_run_with_every_look(recipe, store):
     output = Path(config.output) / config.name
     page = (output / "report.html").read_text()
     assert "alpha scale" in page
-    assert json.loads((output / "summary" / "summary.json").read_text())["gate"]["passed"]
+    summary = json.loads((output / "summary" / "summary.json").read_text())
+    assert summary["gate"]["passed"]
+    took = {stage["stage"]: stage["seconds"] for stage in summary["stages"]}
+    assert {"dial", "probe"} <= set(took)
+    assert took["benchmark (base)"] >= json.loads((output / "base-scores" / "scores.json").read_text())["seconds"] > 0
     assert (output / "model" / "config.json").is_file()
     assert (output / "scores" / "scores.json").is_file()
     assert (output / "base-scores" / "scores.json").is_file()
