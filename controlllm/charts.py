@@ -120,6 +120,18 @@ def scatter_path(title: str, points: Sequence[tuple[float, float, str]], x: str,
     return Figure(title, _svg((line + dots + names).properties(height=230), f"{title}. {words}"), caption)
 
 
+def bars(title: str, counts: Sequence[tuple[str, float]], x: str, y: str, caption: str = "") -> Figure:
+    """A bar for each count, in order."""
+    if not counts:
+        return Figure(title, Markup(), "Nothing was counted.")
+    rows = [{"x": label, "y": count} for label, count in counts]
+    across = alt.X("x:N", title=x, sort=None, axis=alt.Axis(labelAngle=0))
+    chart = alt.Chart(alt.InlineData(values=rows)).encode(x=across, y=alt.Y("y:Q", title=y))
+    drawn = chart.mark_bar(color=RUN, cornerRadiusTopLeft=2, cornerRadiusTopRight=2).properties(height=170)
+    words = "; ".join(f"{label}: {count:,.4g}" for label, count in counts)
+    return Figure(title, _svg(alt.layer(drawn), f"{title}. {words}"), caption)
+
+
 def _layers(series: Series, axis: str) -> list[alt.Chart]:
     layers = []
     smooth = len(series.points) >= 80

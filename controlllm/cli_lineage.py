@@ -17,6 +17,7 @@ Artifact = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     app.command("lineage", rich_help_panel=PANEL)(lineage)
+    app.command("deck", rich_help_panel=PANEL)(deck)
 
 
 def lineage(
@@ -62,3 +63,26 @@ def _print_tree(graph: "Graph") -> None:
     problems = graph.problems()
     said = f"{len(problems)} of {len(graph.nodes)} are not what was recorded" if problems else "all as recorded"
     console.print(f"{len(graph.nodes)} nodes, {len(graph.edges)} edges: {said}", markup=False)
+
+
+def deck(
+    target: Annotated[str, typer.Argument(metavar="STAGE_FOLDER|RUN", help="A folder of the store, or a run.")],
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Of a run: ingest data, prepare, train, ..., gate.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="By default STAGE.html.")] = None,
+) -> None:
+    """Write the page of a stage's output, as Flyte's console shows it.
+
+    Example: `controlllm deck runs/demo --stage prepare`
+
+    Next: open the page; `controlllm lineage runs/demo --html lineage.html` for what it was made from.
+    """
+    from controlllm.decks import folder_of
+    from controlllm.lineage.files import write_text
+    from controlllm.lineage.target import place_of
+
+    made = folder_of(place_of(Path(target)), stage)()
+    file = to or Path(f"{(stage or 'deck').replace(' ', '-')}.html")
+    write_text(file, made)
+    print(file)

@@ -12,7 +12,7 @@ from rich.console import Console
 from controlllm.config import RunConfig
 from controlllm.data.prepared import open_job, shard_root
 from controlllm.data.shard import Facts
-from controlllm.data.shelf import StoredShelf
+from controlllm.data.shelf import Shelf, StoredShelf
 from controlllm.data.types import Unit
 
 STYLES = {"target": "green", "context": "dim", "target special": "bold green reverse", "context special": "cyan"}
@@ -161,7 +161,11 @@ def _notes(config: RunConfig, shelves: Sequence["FirstShelf"], *, asked: int, sh
 
 def _documents(mix: Any, position: int, tokenizer: Any) -> Iterator[Shown]:
     dataset, unit, place = mix.place(position)
-    shelf = mix.shelves[dataset]
+    yield from documents_of(mix.shelves[dataset], unit, place, tokenizer)
+
+
+def documents_of(shelf: Shelf, unit: int, place: int, tokenizer: Any) -> Iterator[Shown]:
+    """The documents of one packed row."""
     row, facts = shelf.read(unit, place), shelf.facts(unit)
     split = _rows_in_parts(shelf, unit) if facts["cut"] else set()
     special = np.isin(row["input_ids"], tokenizer.all_special_ids)
@@ -174,7 +178,7 @@ def _documents(mix: Any, position: int, tokenizer: Any) -> Iterator[Shown]:
         yield Shown(shelf.name, source, len(ids), int(target.sum()), cut, pieces)
 
 
-def _rows_in_parts(shelf: StoredShelf, unit: int) -> set[int]:
+def _rows_in_parts(shelf: Shelf, unit: int) -> set[int]:
     """Source rows of which a shard holds more than one piece."""
     rows = [shelf.read(unit, place)["rows"] for place in range(shelf.rows_of(unit))]
     numbers, counts = np.unique(np.concatenate(rows), return_counts=True)

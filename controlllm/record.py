@@ -128,7 +128,7 @@ def _stages(*ends: Path) -> dict[str, Json]:
         if lineage := find_lineage(end):
             stores = (end.resolve().parent.parent, store_root())
             found |= dict(_before(lineage, stores)) | {lineage["stage"]: lineage}
-    return found
+    return {name: {key: v for key, v in lineage.items() if key != "ancestors"} for name, lineage in found.items()}
 
 
 def _before(lineage: Json, stores: tuple[Path, ...]) -> Iterator[tuple[str, Json]]:

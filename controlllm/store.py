@@ -208,6 +208,7 @@ def _describe(
         "made by": origin(),
         "inputs": public(inputs),
         "parents": {name: _parent(path) for name, path in parents.items()},
+        "ancestors": _ancestors(parents),
         "files": files,
     }
 
@@ -215,6 +216,24 @@ def _describe(
 def _parent(path: Path) -> dict[str, Any]:
     lineage = find_lineage(path) or {"stage": "a folder from outside", "key": path.name, "content": content_hash(path)}
     return {name: lineage[name] for name in ("stage", "key", "content")}
+
+
+def _ancestors(parents: Mapping[str, Path]) -> dict[str, Any]:
+    """Lineages by `stage/key`, so that an output can be followed to its roots wherever it is copied.
+
+    A benchmark stands for its tasks.
+    """
+    found: dict[str, Any] = {}
+    for path in parents.values():
+        lineage = find_lineage(path)
+        if lineage and lineage["stage"] != "benchmark task":
+            found |= lineage.get("ancestors", {})
+            found[f"{lineage['stage']}/{lineage['key']}"] = without(lineage, "files", "ancestors")
+    return found
+
+
+def without(lineage: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in lineage.items() if name not in names}
 
 
 def _publish(partial: Path, final: Path, lineage: dict[str, Any]) -> None:
@@ -245,6 +264,6 @@ def _not_computed(
 def _write_down(lineage: dict[str, Any]) -> None:
     """The output is there: what cannot be written down is said, and costs no work."""
     try:
-        ledger().add({name: value for name, value in lineage.items() if name != "files"})
+        ledger().add(without(lineage, "files", "ancestors"))
     except UserError as error:
         console.print(f"[yellow]![/] lineage of {lineage['stage']} was not written down: {escape(str(error))}")

@@ -5,7 +5,7 @@ from markupsafe import Markup, escape
 from controlllm.lineage.graph import Graph, Node
 from controlllm.lineage.layers import layered, needed
 
-WIDTH, HEIGHT, GAP, DROP, EDGE = 172, 58, 18, 46, 10
+WIDTH, HEIGHT, GAP, DROP, EDGE = 190, 58, 18, 40, 10
 """Of a box; between boxes beside and under each other; around the drawing."""
 LETTERS = 25
 """That fit into a box."""

@@ -18,15 +18,20 @@ def exports(graph: Graph, files: Mapping[str, Path]) -> list[Path]:
     """Write the kinds that are wanted; all are made before the first is written."""
     texts = {file: KINDS[kind](graph) for kind, file in files.items()}
     for file, text in texts.items():
-        try:
-            file.write_text(text, encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written: {error.strerror}; name another file") from None
+        write_text(file, text)
     return list(texts)
+
+
+def write_text(file: Path, text: str) -> None:
+    """UserError where it cannot be written."""
+    try:
+        file.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}; name another file") from None
 
 
 def to_json(graph: Graph) -> str:
     """Nodes and edges as they are, and what is not as recorded."""
-    nodes = [asdict(node) for node in graph.nodes.values()]
+    nodes = [{name: v for name, v in asdict(node).items() if name != "folder"} for node in graph.nodes.values()]
     edges = [asdict(edge) for edge in graph.edges]
     return json.dumps({"nodes": nodes, "edges": edges, "problems": graph.problems()}, indent=1)

@@ -1,13 +1,14 @@
-"""The graph of what an artifact was made from. Nothing in it is private."""
+"""The graph of what an artifact was made from. Nothing in it is private but the folders."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
 STATES = {
     "whole": "is what was recorded",
     "changed": "is not what was recorded",
-    "gone": "is not here any more; its lineage is known",
+    "gone": "is not here; its lineage is known",
     "unknown": "is not here, and nothing is known of it",
     "outside": "comes from outside",
 }
@@ -48,6 +49,8 @@ class Node:
     """Why it was computed."""
     files: int = 0
     bytes: int = 0
+    folder: Path | None = None
+    """Where it is on this machine: the one thing that is never shown."""
 
     @property
     def seeds(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Target:
 
 def open_target(path: Path) -> Target:
     """UserError where there is nothing whose lineage is known."""
-    folder = _folder(path)
+    folder = place_of(path)
     if (lineage := find_lineage(folder)) is not None:
         stage = lineage.get("stage")
         if not isinstance(stage, str) or not isinstance(lineage.get("parents"), dict):
@@ -51,7 +51,8 @@ def open_target(path: Path) -> Target:
     )
 
 
-def _folder(path: Path) -> Path:
+def place_of(path: Path) -> Path:
+    """A folder itself, that of a file, or that of a run by its name. UserError where there is none."""
     for place in (path, RUNS / path):
         if place.is_dir():
             return place

@@ -1,6 +1,6 @@
 """From an artifact to its roots: each parent is looked for by stage and key, and compared with what was recorded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,36 @@ Json = dict[str, Any]
 OUTSIDE = "a folder from outside"
 
 
-def trace(target: Path | str) -> Graph:
-    """Of a run's name or folder, a stage's folder, a model, or a report. UserError for anything else."""
+def trace(target: Path | str, *, places: Sequence[Path] = ()) -> Graph:
+    """Of a run's name or folder, a stage's folder, a model, or a report. UserError for anything else.
+
+    places: folders of outputs that may be among its parents, beside the store's.
+    """
     found = open_target(Path(target))
-    walk = _Walk(found)
+    walk = _Walk(found, places)
     walk.begin()
     return Graph(walk.nodes, walk.edges)
 
 
+def parents_of(lineage: Json, folder: Path) -> dict[str, Path]:
+    """Folders of what an output was made from, by role, as far as they are in its store or in ours."""
+    stores = (folder.resolve().parent.parent, store_root())
+    found = {}
+    for role, parent in lineage["parents"].items():
+        places = (store / parent["stage"].replace(" ", "-") / parent["key"] for store in stores)
+        if place := next((place for place in places if find_lineage(place)), None):
+            found[role] = place
+    return found
+
+
 class _Walk:
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, places: Sequence[Path]):
         self.target = target
+        self.places = {(made["stage"], made["key"]): place for place in places if (made := find_lineage(place))}
         self.nodes: dict[str, Node] = {}
         self.edges: list[Edge] = []
-        self.stores = (target.folder.resolve().parent.parent, store_root())
+        self.stores = [store_root()]
+        self.known: Json = {}  # lineages that outputs carry of what they were made from
 
     def begin(self) -> None:
         target = self.target
@@ -57,10 +73,11 @@ class _Walk:
             return self._add(Node(_id("outside", recorded["content"]), stage, role, content=recorded["content"],
                                   state="outside"))  # fmt: skip
         folders = [store / stage.replace(" ", "-") / key for store in self.stores]
+        folders += [self.places[stage, key]] if (stage, key) in self.places else []
         for folder in folders:
             if (lineage := find_lineage(folder)) is not None:
                 return self._output(lineage, folder, recorded=recorded["content"], title=_title(stage, role))
-        if (lineage := ledger().find(stage, key)) is not None:
+        if (lineage := ledger().find(stage, key) or self.known.get(f"{stage}/{key}")) is not None:
             return self._output(lineage, None, recorded=recorded["content"], title=_title(stage, role))
         return self._add(Node(_id(stage, key), stage, _title(stage, role), key, recorded["content"], "unknown"))
 
@@ -70,6 +87,9 @@ class _Walk:
         id = _id(stage, lineage["key"] if wanted == lineage["content"] else f"{lineage['key']}-{wanted}")
         if id in self.nodes:
             return id
+        if folder and (store := folder.resolve().parent.parent) not in self.stores:
+            self.stores.insert(0, store)
+        self.known |= lineage.get("ancestors", {})
         state, note = _state(lineage, folder, wanted)
         self._add(_node(id, lineage, folder, title or _title(stage, ""), wanted, state, note))
         for role, parent in lineage["parents"].items():
@@ -97,7 +117,8 @@ def _node(id: str, lineage: Json, folder: Path | None, title: str, content: str,
         facts=clean(facts_of(lineage, here)), settings=own, code=starting("code "), versions=starting("version of "),
         made_by=clean(lineage.get("made by", {})), metrics=metrics_of(lineage["stage"], here),
         started=lineage["started"], finished=lineage["finished"], seconds=lineage["seconds"],
-        why=clean(lineage.get("why", "")), files=len(stamps), bytes=sum(stamp["size"] for stamp in stamps),
+        why=clean(lineage.get("why", "")), files=len(stamps),
+        bytes=sum(stamp["size"] for stamp in stamps), folder=folder,
     )  # fmt: skip
 
 
