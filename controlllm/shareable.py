@@ -1,19 +1,17 @@
 """Is a checkpoint's folder fit to be shared: complete, unchanged, only safetensors, nothing private in its texts?"""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file
 from controlllm.private import SHAPES
 from controlllm.progress import track
 from controlllm.store import LINEAGE, find_lineage
+from controlllm.whole import check_whole
 
-INDEX = "model.safetensors.index.json"
 _ENDINGS = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
 _LICENCES = ("LICENSE", "NOTICE")
@@ -47,7 +45,7 @@ def shared_files(folder: Path) -> list[File]:
             raise UserError(f"{folder / file.name}: may be a pickle, which can run code; send safetensors only")
         if file.path.suffix not in _ENDINGS and not file.name.startswith(_LICENCES):
             raise UserError(f"{folder / file.name}: is no part of a checkpoint; move it elsewhere, then push again")
-    _complete(folder, {file.name: file for file in files})
+    check_whole(folder, {file.name: file.path for file in files})
     for file in files:
         if file.path.suffix != ".safetensors" and file.size <= _LARGEST_TEXT:
             check_text(file.path.read_text(encoding="utf-8", errors="replace"), str(folder / file.name))
@@ -76,35 +74,6 @@ def _files(folder: Path) -> Iterator[File]:
         yield File(name, path.resolve(), path.stat().st_size)
 
 
-def _complete(folder: Path, files: dict[str, File]) -> None:
-    """Configuration, tokenizer and every tensor of the index, in files whose headers are right."""
-    from controlllm.control.tensor_files import read_header
-
-    if "config.json" not in files:
-        raise UserError(f"{folder}: has no config.json; is this a Hugging Face model folder?")
-    config = _object(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{folder / 'config.json'}: has no model_type; is this a model's?")
-    if not files.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json); save it there, too")
-    weights = {name: set(read_header(file.path)) for name, file in files.items() if file.path.suffix == ".safetensors"}
-    model = {name: tensors for name, tensors in weights.items() if "/" not in name}
-    if not model:
-        raise UserError(f"{folder}: has no weights (*.safetensors)")
-    if INDEX not in files:
-        if set(model) != {"model.safetensors"}:
-            raise UserError(f"{folder}: has {len(model)} files of weights and no {INDEX}; save the model again")
-        return
-    index = _object(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict):
-        raise UserError(f"{folder / INDEX}: has no weight_map; save the model again")
-    for tensor, name in index.items():
-        if tensor not in model.get(name, ()):
-            raise UserError(f"{folder}: {name} lacks the tensor {tensor} that {INDEX} names; make the checkpoint again")
-    if extra := sorted(set(model) - set(index.values())):
-        raise UserError(f"{folder / extra[0]}: is not named by {INDEX}; move it elsewhere, then push again")
-
-
 def _unchanged(folder: Path, files: list[File]) -> None:
     """Every byte against the stage's own record, where there is one."""
     if (lineage := find_lineage(folder)) is None:
@@ -123,13 +92,3 @@ def _unchanged(folder: Path, files: list[File]) -> None:
                 )
             done += file.size
             advance(done, file.name)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; make the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must hold an object, found {type(values).__name__}")
-    return values

@@ -1,5 +1,6 @@
 """The process around a vLLM engine, seen from its caller: how it starts, what its log says, and its end."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +44,11 @@ def python() -> str:
     return os.environ.get(PYTHON) or sys.executable
 
 
+def is_installed() -> bool:
+    """Whether there is a vLLM to start, as far as can be told without starting it."""
+    return bool(os.environ.get(PYTHON)) or importlib.util.find_spec("vllm") is not None
+
+
 def end(process: "subprocess.Popen[Any]") -> None:
     """Kill it and all that it started."""
     with suppress(ProcessLookupError):
@@ -51,23 +56,31 @@ def end(process: "subprocess.Popen[Any]") -> None:
     process.wait()
 
 
-def keep_log(log: Path, stage: str) -> str:
+def keep_log(file: Path, stage: str) -> str:
     """The path of a copy that outlives the stage."""
-    handle, kept = tempfile.mkstemp(prefix=f"controlllm-{stage}-", suffix=".log")
+    handle, kept = tempfile.mkstemp(prefix=f"controlllm-{stage}-", suffix=file.suffix)
     os.close(handle)
-    shutil.copyfile(log, kept)
+    shutil.copyfile(file, kept)
     return kept
 
 
+# What vLLM puts before a line of its log, and what it says when the reason stands elsewhere in it.
+_PREFIX = re.compile(
+    r"^(\((APIServer|EngineCore|Worker)\w* pid=\d+\) |\[rank\d+\]: |[A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )*"
+)
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
+_ELSEWHERE = ("Engine core initialization failed", "Worker failed with error", "WorkerProc initialization failed")
+
+
 def cause_of(log: Path, code: int) -> str:
-    """The last error in the log, without vLLM's prefixes."""
+    """The last error in the log that says why, without vLLM's prefixes."""
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}, which is often too little memory"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # A validation error of vLLM says on the next line what is wrong.
-    following = dict(pairwise(lines))
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    lines = [_PREFIX.sub("", line.strip()) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [n for n, line in enumerate(lines) if _ERROR.match(line)]
     if not errors:
         return lines[-1] if lines else f"exit code {code}, without a word"
-    last = errors[-1]
-    return f"{last} {following[last]}" if "validation error" in last and last in following else last
+    told = [n for n in errors if not any(words in lines[n] for words in _ELSEWHERE)] or errors
+    last = told[-1]
+    # A validation error says on the next line what is wrong.
+    return " ".join(lines[last : last + 2]) if "validation error" in lines[last] else lines[last]

@@ -1,6 +1,6 @@
 """Generation of a batch that shrinks: a row that has ended is computed no further."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,17 @@ from torch import Tensor
 from controlllm.benchmark.beginnings import common_start, has_virtual, run_start
 from controlllm.benchmark.engine import Prompt
 
+Look = Callable[[list[int], Tensor], None]
+
 
 @torch.no_grad()
-def decode(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, shared: bool) -> list[list[int]]:
+def decode(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, shared: bool, look: Look = lambda rows, logits: None
+) -> list[list[int]]:
     """New tokens of each prompt, until its stop words, an EOS of the model (left out) or its number of tokens.
 
     shared: what all prompts begin with is run once, which is wrong for layers that look at a window.
+    look: is shown the prompts that go on and the logits of their next tokens, (rows, vocabulary).
     """
     stop = eos_of(model, tokenizer)
     start = common_start([prompt.tokens for prompt in prompts]) if shared and not has_virtual(model) else 0
@@ -34,6 +39,7 @@ def decode(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, shared: boo
             logits_to_keep=1,
         )  # fmt: skip
         cache = out.past_key_values
+        look(rows, out.logits[:, -1])
         chosen = _choose(out.logits[:, -1], [prompts[row] for row in rows], [chances[row] for row in rows])
         going = [
             place

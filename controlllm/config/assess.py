@@ -97,14 +97,20 @@ class BenchmarkConfig(Config):
 
 
 class SmokeConfig(Config):
-    """vLLM loads the tuned model and must give the tokens that transformers gives."""
+    """vLLM's own server loads the tuned model, and must give the tokens that transformers gives."""
 
-    prompts: Positive = 4
-    """Number of prompts."""
-    max_new_tokens: Positive = 24
+    prompts: Positive = 16
+    """Number of prompts: the project's own (256 of them, in many languages) and those of the probes, in turn."""
+    max_new_tokens: Positive = 32
     """Tokens generated for each."""
     min_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.99
-    """Share of greedy tokens that must be equal."""
+    """Share of greedy tokens that must be equal, in float32."""
+    max_logprob_difference: Annotated[Number, Field(gt=0)] = 1e-3
+    """By how much the log-probability of a token may differ that both engines chose."""
+    endpoint: bool = True
+    """Ask for a chat through the openai client, too."""
+    timeout_seconds: Annotated[Number, Field(gt=0)] = 1800.0
+    """From the start of the engine to its last answer."""
 
 
 class ReportConfig(Config):

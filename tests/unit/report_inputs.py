@@ -156,11 +156,32 @@ def write_prepared(folder: Path) -> Path:
     return lineage(folder, "prepare")
 
 
+SMOKE: dict[str, Any] = {
+    "passed": True,
+    "checks": [{"name": "loads", "result": "passed", "said": "as <i>Control</i>"}],
+    "agreement": 1.0,
+    "equal_prompts": 1.0,
+    "logprob_difference": 2e-5,
+    "prompts": 1,
+    "engine": "vllm 0.32.0",
+    "model_class": "ControlLlamaForCausalLM",
+    "layers": "vLLM's own",
+    "memory": {"resident": 2_000_000_000, "gpu": None, "kv_cache": 115_000_000, "kv_cache_tokens": 2080},
+    "tokens": 32,
+    "tokens_per_second": 50.1,
+    "first_token_seconds": 0.12,
+    "endpoint": None,
+    "differences": [],
+    "seconds": 31.0,
+}
+
+
 def write_smoke(folder: Path) -> Path:
     folder.mkdir()
-    samples = [{"prompt": "Spell <b>cat</b> backward", "transformers": "tac", "vllm": "tac", "equal": True}]
-    facts = {"passed": True, "agreement": 1.0, "engine": "vllm 0.32.0", "seconds": 31.0, "samples": samples}
-    write(folder, "smoke.json", facts)
+    samples = [
+        {"prompt": "Spell <b>cat</b> backward", "transformers": "tac", "vllm": "tac", "finish": "stop", "equal": True}
+    ]
+    write(folder, "smoke.json", SMOKE | {"samples": samples})
     return lineage(folder, "smoke")
 
 

@@ -1,0 +1,1 @@
+"""The smoke test: vLLM's own server, in a process of its own, must give the tokens that transformers gives."""

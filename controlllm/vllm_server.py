@@ -1,0 +1,35 @@
+"""vLLM's OpenAI server: `python -m controlllm.vllm_server MODEL ARGUMENTS`, with vLLM's own arguments.
+
+It imports, waits for a line on stdin, and then opens the engine; it ends with whoever holds stdin open.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+
+def main(model: str, arguments: list[str]) -> None:
+    """Serve until SIGTERM or SIGINT, or until the caller is gone."""
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    from controlllm.vllm_engine import look_at_the_model_class_here
+    from controlllm.vllm_plugin import register
+
+    register()
+    os.read(0, 1)
+    threading.Thread(target=die_with_the_caller, daemon=True).start()
+    look_at_the_model_class_here(model)
+    sys.argv[1:] = ["--model", model, *arguments]
+    serve()
+
+
+def die_with_the_caller() -> None:
+    """The caller holds stdin open for as long as it lives, and says nothing more."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
