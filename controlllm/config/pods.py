@@ -20,7 +20,6 @@ PODS: dict[str, PodKind] = {
     "prepare_piece": "data",
     "prepare": "data",
     "consolidate": "data",
-    "export": "data",
     "promote": "data",
     "train": "train",
     "benchmark_task": "serve",
