@@ -12,7 +12,7 @@ from flyteidl.core import literals_pb2
 
 from backend.catalog import Catalog
 from backend.records import NODE, WORKFLOW, ExecutionRecord, NodeRecord
-from backend.registry import Registry, key
+from backend.registry import Registry, all_nodes, key
 from backend.tasks import Tasks
 from backend.values import START, bound, holds
 
@@ -152,12 +152,17 @@ def in_order(nodes: Iterable[Any]) -> list[Any]:
     """Every node after all that it needs."""
     left, done, found = list(nodes), {START, ""}, []
     while left:
-        ready = next((node for node in left if set(node.upstream_node_ids) <= done), None)
+        ready = next((node for node in left if needs(node) <= done), None)
         assert ready is not None, f"nodes wait for each other: {[node.id for node in left]}"
         left.remove(ready)
         done.add(ready.id)
         found.append(ready)
     return found
+
+
+def needs(node: Any) -> set[str]:
+    """The nodes that one waits for; a branch, for those of all its ways, too."""
+    return {each for inner in all_nodes([node]) for each in inner.upstream_node_ids}
 
 
 def _outputs(record: NodeRecord, ended: Any) -> literals_pb2.LiteralMap:
