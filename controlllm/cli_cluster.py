@@ -56,6 +56,10 @@ def register(
     ] = None,
     project: Annotated[str | None, typer.Option("--project", help="Flyte's; else that of its configuration.")] = None,
     domain: Annotated[str | None, typer.Option("--domain", help="Such as development.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", metavar="FILE", help="What the launch plans run, by the clock too.")
+    ] = None,
+    activate: Annotated[bool, typer.Option("--activate", help="The launch plans' schedules begin.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything and send nothing.")] = False,
 ) -> None:
     """Register all tasks and workflows under a profile; prints the pyflyte command that it runs.
@@ -64,7 +68,9 @@ def register(
 
     Example: `controlllm cluster register --profile local --version 1 --image cpu=registry.example/cpu:1 --dry-run`
 
-    Next: `pyflyte run --remote`, or the console
+    Example: `controlllm cluster register -p multi-node -v 2 -r RECIPE --activate -i cpu=... -i train=... -i serve=...`
+
+    Next: `controlllm runs ls`, or the console
     """
     from controlllm.config.cluster import VARIABLE, load_profile
     from controlllm.register import register as run
@@ -77,7 +83,15 @@ def register(
     if chosen.endswith((".yaml", ".yml")):
         chosen = os.path.abspath(chosen)  # pyflyte runs elsewhere
     wanted = registration(
-        loaded, chosen, version=version, images=image or [], project=project, domain=domain, dry_run=dry_run
+        loaded,
+        chosen,
+        version=version,
+        images=image or [],
+        project=project,
+        domain=domain,
+        recipe=recipe,
+        activate=activate,
+        dry_run=dry_run,
     )
     print(wanted, flush=True)
     run(wanted)

@@ -15,6 +15,7 @@ from controlllm.errors import UserError
 from controlllm.fingerprint import PACKAGE
 
 ROOT = PACKAGE.parent
+RECIPE = "CONTROLLLM_RECIPE"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -23,12 +24,13 @@ class Registration:
     """One run of `pyflyte register`."""
 
     command: tuple[str, ...]
-    chosen: str
-    """The profile, as CONTROLLLM_PROFILE has it."""
+    environment: Mapping[str, str]
+    """The profile, as CONTROLLLM_PROFILE has it, and the launch plans' recipe, if there is one."""
 
     def __str__(self) -> str:
         shown = ("pyflyte", *self.command[1:])
-        return f"{VARIABLE}={shlex.quote(self.chosen)} {shlex.join(shown)}"
+        settings = (f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
+        return f"{' '.join(settings)} {shlex.join(shown)}"
 
 
 def registered_version(version: str, profile: Profile) -> str:
@@ -44,9 +46,12 @@ def registration(
     images: Sequence[str],
     project: str | None = None,
     domain: str | None = None,
+    recipe: str | None = None,
+    activate: bool = False,
     dry_run: bool = False,
 ) -> Registration:
-    """images: NAME=REFERENCE, one for each name that the profile's pods run in. UserError where they do not fit."""
+    """images: NAME=REFERENCE, one for each name that the profile's pods run in; recipe: what the launch plans run;
+    activate: their schedules begin. UserError where something does not fit."""
     if not _VERSION.fullmatch(version):
         raise UserError(f"--version: must be letters, digits, '.', '_' and '-', found '{version}'")
     program = Path(sys.executable).with_name("pyflyte")
@@ -57,16 +62,27 @@ def registration(
     given = [word for name, value in options.items() if value for word in (name, value)]
     for name, reference in _images(profile, images).items():
         given += ["--image", f"{name}={reference}"]
-    dry = ["--dry-run"] if dry_run else []
+    if activate and recipe is None:
+        raise UserError("--activate: there is nothing to run by the clock; say with --recipe what the launch plans run")
+    flags = [flag for flag, wanted in (("--activate-launchplans", activate), ("--dry-run", dry_run)) if wanted]
+    environment = {VARIABLE: chosen} | ({RECIPE: _checked(recipe)} if recipe else {})
     # The images hold the code, so that what was tested and named by a version is what runs.
-    return Registration((str(program), "register", "--copy", "none", *given, *dry, "workflows"), chosen)
+    return Registration((str(program), "register", "--copy", "none", *given, *flags, "workflows"), environment)
 
 
 def register(wanted: Registration) -> None:
     """Run it. UserError when pyflyte fails, whose own message stands above."""
-    done = subprocess.run(wanted.command, cwd=ROOT, env={**os.environ, VARIABLE: wanted.chosen})  # noqa: S603 - no shell
+    done = subprocess.run(wanted.command, cwd=ROOT, env={**os.environ, **wanted.environment})  # noqa: S603 - no shell
     if done.returncode:
         raise UserError(f"pyflyte register ended with exit code {done.returncode}; what it said stands above")
+
+
+def _checked(recipe: str) -> str:
+    """Its absolute path, since pyflyte runs elsewhere; UserError for a mistake in it."""
+    from controlllm.config import load_config
+
+    load_config(recipe)
+    return os.path.abspath(recipe)
 
 
 def _images(profile: Profile, given: Sequence[str]) -> Mapping[str, str]:
