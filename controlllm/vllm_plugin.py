@@ -153,6 +153,7 @@ class _NativeRelaxedNorm(RelaxedNorm):
 @cache
 def _native_class(name: str) -> type:
     from vllm.model_executor.models.interfaces import SupportsQuant
+    from vllm.model_executor.models.utils import AutoWeightsLoader
 
     module = importlib.import_module(f"vllm.model_executor.models.{NATIVE[name]}")
     base: Any = getattr(module, name.removeprefix("Control"))
@@ -175,7 +176,8 @@ def _native_class(name: str) -> type:
             weights = _named_alike(weights, settings)
             if self.expected is not None:
                 weights = _checked(weights, self.expected, tied=self.config.tie_word_embeddings)
-            return super().load_weights(_into_copies(weights, settings))
+            # As the bases do, but for Mistral's, which looks for the names of another format in ours.
+            return AutoWeightsLoader(self).load_weights(_into_copies(weights, settings))
 
     ControlNative.__name__ = ControlNative.__qualname__ = name
     return ControlNative

@@ -60,12 +60,20 @@ def turn(engine: Any, scale: float) -> None:
 def facts(engine: Any) -> Json:
     cache = _scheduler(engine).kv_cache_config
     return {
-        "classes": engine.apply_model(lambda model: type(model).__name__),
-        "parameters": engine.apply_model(lambda model: {n: list(p.shape) for n, p in model.named_parameters()}),
+        "classes": engine.apply_model(class_of),
+        "shapes": engine.apply_model(shapes_of),
         "layers": [name for group in cache.kv_cache_groups for name in group.layer_names],
         "blocks": cache.num_blocks,
         "bytes": sum(tensor.size for tensor in cache.kv_cache_tensors),
     }
+
+
+def class_of(model: Any) -> str:
+    return type(model).__name__
+
+
+def shapes_of(model: Any) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def preempted(engine: Any, **generation: Any) -> Json:
