@@ -20,11 +20,16 @@ PYTHON = "CONTROLLLM_VLLM_PYTHON"
 
 
 def start(
-    command: Sequence[str], *, environment: Mapping[str, str], log: IO[bytes], stdout: int | None = None
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log: IO[bytes],
+    stdout: int | None = None,
+    stderr: int | None = None,
 ) -> "subprocess.Popen[str]":
     """`command` (a Python, -m, a module of this package) in a process group of its own, with a pipe for stdin.
 
-    Its errors go to the log, and its stdout, too, unless it is given. The process must end itself when its stdin does:
+    What it says goes to the log, unless stdout or stderr are given. The process must end itself when its stdin does:
     then its caller is gone.
     """
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -33,8 +38,9 @@ def start(
         env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.PIPE,
         stdout=log if stdout is None else stdout,
-        stderr=log,
-        text=True,
+        stderr=log if stderr is None else stderr,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
 
@@ -51,9 +57,14 @@ def is_installed() -> bool:
 
 def end(process: "subprocess.Popen[Any]") -> None:
     """Kill it and all that it started."""
+    kill(process)
+    process.wait()
+
+
+def kill(process: "subprocess.Popen[Any]") -> None:
+    """As `end`, without waiting: also where something else waits for it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def keep_log(file: Path, stage: str) -> str:
@@ -62,6 +73,26 @@ def keep_log(file: Path, stage: str) -> str:
     os.close(handle)
     shutil.copyfile(file, kept)
     return kept
+
+
+_WAYS_OUT = (
+    (
+        re.compile(r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.*?memory \(([\d.]+) GiB\)"),
+        "a text of {0} tokens needs {1} GiB of KV cache, and there are {2} GiB: set --max-model-len lower, or give "
+        "more with --kv-cache-memory-bytes",
+    ),
+    (
+        re.compile(r"No available memory for the cache blocks"),
+        "the weights leave no memory for a KV cache: use a smaller --dtype, more --tensor-parallel, or "
+        "a larger machine",
+    ),
+    (
+        re.compile(r"OutOfMemoryError|can't allocate memory|Cannot allocate memory|\bMemoryError|std::bad_alloc"),
+        "there is too little memory for the weights and the KV cache: use a smaller --dtype, --max-model-len or "
+        "--kv-cache-memory-bytes, or more --tensor-parallel",
+    ),
+)
+"""What vLLM says at length, and what to do about it."""
 
 
 # What vLLM puts before a line of its log, and what it says when the reason stands elsewhere in it.
@@ -73,7 +104,7 @@ _ELSEWHERE = ("Engine core initialization failed", "Worker failed with error", "
 
 
 def cause_of(log: Path, code: int) -> str:
-    """The last error in the log that says why, without vLLM's prefixes."""
+    """Why the process ended with this code: the last error in its log that says so, in one line."""
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}, which is often too little memory"
     lines = [_PREFIX.sub("", line.strip()) for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -83,4 +114,11 @@ def cause_of(log: Path, code: int) -> str:
     told = [n for n in errors if not any(words in lines[n] for words in _ELSEWHERE)] or errors
     last = told[-1]
     # A validation error says on the next line what is wrong.
-    return " ".join(lines[last : last + 2]) if "validation error" in lines[last] else lines[last]
+    return _with_way_out(" ".join(lines[last : last + 2]) if "validation error" in lines[last] else lines[last])
+
+
+def _with_way_out(error: str) -> str:
+    for pattern, said in _WAYS_OUT:
+        if found := pattern.search(error):
+            return said.format(*found.groups())
+    return error

@@ -29,12 +29,12 @@ SEQUENCES = 64
 KV_CACHE_LIMIT = 1 << 30  # bytes; named so that vLLM does not measure. The number of blocks is what is taken.
 
 
-def smoke(model: Path, data: Path, config: SmokeConfig) -> Output:
-    """`smoke.json` and `smoke.html`, for prompts of the project and of the probes. UserError when a check fails."""
+def smoke(model: Path, data: Path | None, config: SmokeConfig) -> Output:
+    """`smoke.json` and `smoke.html`. data: as in `choose`. UserError when a check fails."""
     return run_stage(
         "smoke",
         config={"smoke": config},
-        parents={"model": model, "ingest data": data},
+        parents={"model": model} | ({"ingest data": data} if data else {}),
         build=lambda folder: smoke_test(folder, model=model, data=data, config=config),
     )
 
