@@ -1,4 +1,4 @@
-"""The Makefile, the pins, the images and the cluster's files: checked without a network, a daemon or a cluster."""
+"""The Makefile, the pins and the images: checked without a network or a daemon."""
 
 import os
 import re
@@ -8,18 +8,18 @@ import sys
 import tomllib
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from controlllm.config.cluster import load_profile, profile_names
+from controlllm.config.pods import PODS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 SCRIPTS = [*sorted((ROOT / "docker").glob("*.sh")), ROOT / ".ci/run"]
-PROFILES = sorted((ROOT / "k8s/profiles").glob("*.yaml"))
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -177,51 +177,31 @@ def test_dockerfile(dockerfile: Path):
     assert f"uv=={uv[1]} " in text
 
 
-# Cluster
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda file: file.stem)
+def test_an_image_has_no_root_a_healthcheck_and_a_bill_of_materials(dockerfile: Path):
+    stages = re.split(r"^FROM ", dockerfile.read_text(), flags=re.MULTILINE)[1:]
+    names = [match[1] if (match := re.search(r" AS (\S+)$", stage.splitlines()[0])) else "" for stage in stages]
+    assert names[-3:] == ["listed", "sbom", ""], "what is built without --target is the image"
+    image, bill = stages[-1], stages[-2]
+    assert re.search(r"^USER 1000$", image, flags=re.MULTILINE)
+    assert "HEALTHCHECK" in image
+    assert "pip install" not in image
+    assert bill.startswith("scratch AS sbom")
+    assert "cyclonedx-py environment" in stages[-3]
 
 
-@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
-def test_profile(file: Path):
-    profile = yaml.safe_load(file.read_text())
-    types = {key: type(value) for key, value in profile.items() if value is not None}
-    assert types | {"shared_memory": str} == {
-        "name": str,
-        "nodes": int,
-        "processes_per_node": int,
-        "gpus_per_process": int,
-        "cpu": str,
-        "memory": str,
-        "shared_memory": str,
-        "image_train": str,
-        "image_serve": str,
-        "env": dict,
-    }
-    assert "shared_memory" in profile
-    assert profile["name"] == file.stem
-    assert profile["nodes"] >= 1
-    assert profile["processes_per_node"] >= 1
-    assert profile["image_train"] == "{{.image.train.fqn}}:{{.image.train.version}}"
-    assert profile["image_serve"] == "{{.image.serve.fqn}}:{{.image.serve.version}}"
-    assert all(isinstance(value, str) for value in profile["env"].values())
+def test_images_of_the_profiles_are_those_that_are_built():
+    built = {file.name.removesuffix(".Dockerfile") for file in DOCKERFILES}
+    used = {profile.pod(task).image_name for profile in map(load_profile, profile_names()) for task in PODS}
+    assert used == built
 
 
-def test_profiles_that_the_documents_name_exist():
-    assert [file.stem for file in PROFILES] == ["gpu-8x2", "local", "two-processes"]
-
-
-def test_manifests_are_valid_and_fit_together():
-    built = run(BIN / "kubectl", "kustomize", "k8s")
-    assert built.returncode == 0, built.stderr
-    manifests = list(yaml.safe_load_all(built.stdout))
-    for manifest in manifests:
-        kubernetes_validate.validate(manifest, "1.37", strict=True)
-        assert manifest["metadata"]["namespace"] == "controlllm-development"
-
-    by_kind = {manifest["kind"]: manifest for manifest in manifests}
-    assert set(by_kind) == {"PersistentVolumeClaim", "PodTemplate", "Role", "RoleBinding"}
-    pod = by_kind["PodTemplate"]["template"]["spec"]
-    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert claim == by_kind["PersistentVolumeClaim"]["metadata"]["name"]
-    mount = pod["containers"][0]["volumeMounts"][0]["mountPath"]
-    assert {"name": "CONTROLLLM_CACHE", "value": mount} in pod["containers"][0]["env"]
-    assert by_kind["RoleBinding"]["roleRef"]["name"] == by_kind["Role"]["metadata"]["name"]
+def test_the_context_of_an_image_holds_what_is_copied_and_no_more():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines, "everything stays outside unless it is named"
+    named = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = set()
+    for dockerfile in DOCKERFILES:
+        for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile.read_text(), flags=re.MULTILINE):
+            copied |= set(line.split()[:-1])
+    assert copied == named
