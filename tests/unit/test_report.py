@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from report_inputs import CONFIG, EVIL, PROBES, STAGES, Made, write, write_inputs, write_scores, write_train
 
-from controlllm.benchmark.items import read_items
+from controlllm.benchmark.items import read_items, write_items
 from controlllm.charts import training_figures
 from controlllm.errors import UserError
 from controlllm.progress import console
@@ -160,6 +160,15 @@ def test_items_that_changed_are_shown_with_both_answers(demo: Path, inputs: dict
     assert page.text.count(EVIL) >= 4
     lost = Page(Path(demo)).source.count('class="sample lost"')
     assert lost == sum(min(3, task["lost"]) for task in tasks_of(demo).values() if task["gained"] is not None)
+
+
+def test_an_answer_of_white_space_is_said_and_takes_no_room(inputs: dict[str, Path], tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(inputs["gentle"], tmp_path / "tuned"))
+    rows = [row | {"output": "\n" * 90} for row in read_items(tuned, "puzzles")]
+    write_items(tuned / "items" / "puzzles.parquet", rows)
+    page = Page(build(tmp_path / "page", inputs, tuned_scores=tuned))
+    assert "(90 characters of white space)" in page.text
+    assert "\n" * 9 not in page.source
 
 
 def test_nothing_is_run_or_fetched_and_every_picture_has_words(demo: Path) -> None:
