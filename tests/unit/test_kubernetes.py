@@ -76,14 +76,19 @@ def test_the_queue_has_room_for_a_whole_training(profile):
     said = load_profile(profile)
     (queue,) = of_kind(profile, "ClusterQueue").values()
     (group,) = queue["spec"]["resourceGroups"]
-    (flavor,) = group["flavors"]
-    quota = {resource["name"]: amount(resource["nominalQuota"]) for resource in flavor["resources"]}
-    assert set(quota) == set(group["coveredResources"])
-    for pod, nodes in ((said.train, said.train.nodes), (said.serve, 1)):
+    quotas = {}
+    for flavor in group["flavors"]:
+        quotas[flavor["name"]] = {r["name"]: amount(r["nominalQuota"]) for r in flavor["resources"]}
+        assert set(quotas[flavor["name"]]) == set(group["coveredResources"])
+    cpu, gpu = quotas["controlllm-cpu"], quotas["controlllm-gpu"]
+    assert cpu["nvidia.com/gpu"] == 0
+    assert next(iter(quotas)) == "controlllm-cpu", "tried first: what needs no GPU stays off the GPU nodes"
+    pods = [(said.train, said.train.nodes, gpu), (said.serve, 1, gpu), (said.light, 1, cpu), (said.data, 1, cpu)]
+    for pod, nodes, quota in pods:
         asked = {"cpu": pod.cpu, "memory": pod.memory, "nvidia.com/gpu": str(pod.pod_gpus), **pod.resources}
         for name, quantity in asked.items():
             assert nodes * amount(quantity) <= quota[name], name
-    labels = of_kind(profile, "ResourceFlavor")[flavor["name"]]["spec"]["nodeLabels"]
+    labels = of_kind(profile, "ResourceFlavor")["controlllm-gpu"]["spec"]["nodeLabels"]
     assert said.train.node_selector == labels
     (local,) = of_kind(profile, "LocalQueue").values()
     assert local["spec"]["clusterQueue"] in of_kind(profile, "ClusterQueue")
