@@ -15,6 +15,7 @@ from controlllm import (
     cli_benchmark,
     cli_chat,
     cli_checkpoints,
+    cli_consolidate,
     cli_cluster,
     cli_data,
     cli_lineage,
@@ -142,6 +143,9 @@ for _stage, (_what, _example, _next) in STAGES.items():
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
     if _stage == "benchmark":
         cli_benchmark.add_commands(app, _stage_command("benchmark"), "Stages")
+        continue
+    if _stage == "consolidate":
+        cli_consolidate.add_commands(app, _stage_command("consolidate"), "Stages")
         continue
     if _stage in ("ingest", "train"):
         app.command(_stage, rich_help_panel="Stages")(ingest if _stage == "ingest" else train)

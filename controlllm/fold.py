@@ -1,13 +1,12 @@
 """Folding a checkpoint: every pair becomes one block, and how far the plain model is from the one it came from."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from controlllm.appearing import appearing, refuse_present
 from controlllm.config import BenchmarkConfig
 from controlllm.dial import OWN_FILES, compared, dialled, probe_config, probe_data
 from controlllm.distance import TEXTS, Document, batches, distance, read_documents
@@ -39,8 +38,7 @@ def fold(
     """
     final, runs = Path(output).absolute(), [Path(path) for path in (checkpoint, other) if path is not None]
     config = probe_config(new=new or [], old=old or [], items=items, batch_size=batch_size, dtype=dtype)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"{final}: exists and is not empty; give another folder or remove it")
+    refuse_present(final)
     sites = _check_runs(runs)
     given = _given_alphas(alpha, sites)
     documents = read_documents(Path(text) if text else None, _tokenizer(runs[0]))
@@ -49,7 +47,7 @@ def fold(
     folded, made = _folded(models, alphas), _made_of(runs, alphas)
     result: Json = {"alpha": str(alpha), "folded": made, "text": Path(text).name if text else list(TEXTS)}
     result["distance"] = [distance(model, folded, documents[1::2]) for model in models]
-    with _appearing(final) as folder:
+    with appearing(final) as folder:
         _save(folded, runs[0], folder, made)
         if new or old:
             result["benchmark"] = _benchmarks(runs, folder, config)
@@ -150,18 +148,6 @@ def _made_of(runs: list[Path], alphas: list[dict[int, float]]) -> list[Json]:
         {"checkpoint": run.absolute().name, "content": content_hash(run), "alphas": its}
         for run, its in zip(runs, alphas, strict=True)
     ]
-
-
-@contextmanager
-def _appearing(final: Path) -> Iterator[Path]:
-    """A folder that has its name only once all is in it."""
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save(folded: Any, checkpoint: Path, folder: Path, made: list[Json]) -> None:

@@ -16,8 +16,9 @@ class ExportConfig(Config):
     alpha: Literal["mean"] | Annotated[Number, Field(ge=0, le=1)] = "mean"
     """Weight of the twins in a folded model: mean is what each pair does, measured where it depends on the token."""
     dtype: Literal["float32", "bfloat16", "base"] = "float32"
-    """Of what was trained; base is the dtype that most of the base's weights have. Frozen weights keep the base's own,
-    unless this one is narrower. Only float32 keeps what was trained to the last bit."""
+    """In which config.json says that the model is loaded, and the widest that is written: base is that of most of the
+    base's weights. What is stored narrower, as frozen weights are, stays so. Only float32 keeps what was trained to the
+    last bit."""
     frozen: Literal["link", "copy"] = "link"
     """link makes the base's files part of the model, by hard links where the file system can, as far as all that they
     hold is frozen; copy writes every tensor anew."""

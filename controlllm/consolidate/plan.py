@@ -98,12 +98,10 @@ def arrange(
         tensors = folded(tensors, dict(zip(pairs, _in_order(model, chosen), strict=True)))
         config, pairs = plain_config(config), []
         config.lineage = {"folded": [{"alphas": chosen}]}
-    dtype = export_dtype(export, base)
+    dtype = export_dtype(export, [t for file in base.values() for t in file.values()] or tensors.values())
     kept = kept_in_float32(model, dtype)
-    own = {id(tensor) for file in base.values() for tensor in file.values()}
     written = {
-        name: as_dtype(source, "F32" if kept(base_name(name, pairs)) else dtype, frozen=id(source) in own)
-        for name, source in tensors.items()
+        name: as_dtype(source, "F32" if kept(base_name(name, pairs)) else dtype) for name, source in tensors.items()
     }
     taken = _taken(written, base, pairs, tied=model.all_tied_weights_keys) if export.frozen == "link" else {}
     gone = {id(base[file][key]) for file, keys in taken.items() for key in keys}
@@ -111,21 +109,19 @@ def arrange(
     return Plan(config, model.generation_config, {n: s for n, s in written.items() if id(s) not in gone}, taken)
 
 
-def export_dtype(export: ExportConfig, base: Mapping[Path, Mapping[str, StoredTensor]]) -> str:
+def export_dtype(export: ExportConfig, base: Iterable[Source]) -> str:
     """As safetensors files call it."""
     if export.dtype != "base":
         return {"float32": "F32", "bfloat16": "BF16"}[export.dtype]
     sizes: Counter[str] = Counter()
-    for file in base.values():
-        for tensor in file.values():
-            if is_number(tensor):
-                sizes[tensor.dtype] += tensor.size
+    for tensor in filter(is_number, base):
+        sizes[tensor.dtype] += tensor.size
     return sizes.most_common(1)[0][0]
 
 
-def as_dtype(source: Source, dtype: str, *, frozen: bool) -> Source:
-    """Frozen numbers stay as they are where reading them as `dtype` is exact."""
-    exact = frozen and dtype == "F32" and source.dtype in ("BF16", "F16")
+def as_dtype(source: Source, dtype: str) -> Source:
+    """Numbers stay as they are where whoever reads them as `dtype` has the same."""
+    exact = dtype == "F32" and source.dtype in ("BF16", "F16")
     return source if source.dtype == dtype or exact or not is_number(source) else Cast(source, dtype)
 
 

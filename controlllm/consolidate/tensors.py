@@ -1,7 +1,7 @@
 """Tensors that are made while they are written, in little memory, from ranges of files."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,29 @@ class Blended:
     def blocks(self) -> Iterator[Any]:
         for frozen, twin in zip(pieces(self.frozen), pieces(self.twin), strict=True):
             yield as_bytes(torch.lerp(frozen.float(), twin.float(), self.alpha))
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a function of the whole tensor gives, of the same dtype and shape; in memory."""
+
+    of: Source
+    change: Callable[[Tensor], Tensor]
+
+    @property
+    def dtype(self) -> str:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    @property
+    def size(self) -> int:
+        return self.of.size
+
+    def blocks(self) -> Iterator[Any]:
+        yield as_bytes(self.change(read(self.of)))
 
 
 def pieces(source: Source) -> Iterator[Tensor]:

@@ -73,7 +73,7 @@ def save_model(model: Any, folder: Path, export: ExportConfig, base: Path) -> An
     from controlllm.control.tensor_files import DTYPES, read_header
     from controlllm.train.weight_files import weight_files
 
-    dtype = export_dtype(export, {file: read_header(file) for file in weight_files(base)})
+    dtype = export_dtype(export, [tensor for file in weight_files(base) for tensor in read_header(file).values()])
     kept = kept_in_float32(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not kept(name):

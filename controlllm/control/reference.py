@@ -159,7 +159,7 @@ def _our_names(folder: Path, config: Any, found: dict[str, StoredTensor]) -> dic
     """Theirs → ours; UserError where names or shapes are not those of the model that the config describes."""
     with torch.device("meta"):
         model: Any = family(config.base_model_type).causal_lm(config)
-    wanted = {_prior_name(name, config.control): (name, tuple(t.shape)) for name, t in model.state_dict().items()}
+    wanted = {prior_name(name, config.control): (name, tuple(t.shape)) for name, t in model.state_dict().items()}
     tied = model.all_tied_weights_keys
     for name, (ours, shape) in wanted.items():
         if name not in found and ours not in tied:
@@ -173,7 +173,8 @@ def _our_names(folder: Path, config: Any, found: dict[str, StoredTensor]) -> dic
     return {name: ours for name, (ours, _) in wanted.items() if name in found}
 
 
-def _prior_name(ours: str, control: dict[str, Any]) -> str:
+def prior_name(ours: str, control: dict[str, Any]) -> str:
+    """Their name of a tensor of ours."""
     if not (match := re.fullmatch(r"(.*\.layers\.\d+\.)(frozen|expanded|interpolation)\.(.*)", ours)):
         return ours
     layer, part, rest = match.groups()
@@ -186,10 +187,10 @@ def _prior_name(ours: str, control: dict[str, Any]) -> str:
 
 
 def _as_ours(name: str, tensor: StoredTensor) -> StoredTensor:
-    return replace(tensor, change=_minus_identity) if name.endswith(".interpolation.map_delta") else tensor
+    return replace(tensor, change=minus_identity) if name.endswith(".interpolation.map_delta") else tensor
 
 
-def _minus_identity(matrix: Tensor) -> Tensor:
+def minus_identity(matrix: Tensor) -> Tensor:
     """M - I in float32: only the diagonal changes."""
     matrix.diagonal().copy_(matrix.diagonal().float() - 1)
     return matrix

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from controlllm.config import Method, ModelConfig
+from controlllm.config import ExportConfig, Method, ModelConfig
 from controlllm.consolidate import consolidate
 from controlllm.store import run_stage
 from controlllm.train.model import load_model
@@ -29,7 +29,7 @@ def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def deliver(base, folder, **method):
+def deliver(base, folder, *, export=None, **method):
     """The consolidated folder, and the trained model that it was made of; needs a store."""
     model = perturbed(loaded(base, **method))
 
@@ -39,4 +39,5 @@ def deliver(base, folder, **method):
     shards = folder / "shards"
     shards.mkdir()
     run = run_stage("train", config=method, parents={"ingest model": base, "prepare": shards}, build=build)
-    return consolidate(base, run.path, Method.model_validate(method)).path, model
+    made = consolidate(base, run.path, Method.model_validate(method), ExportConfig.model_validate(export or {}))
+    return made.path, model
