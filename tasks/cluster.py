@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from flytekit import PodTemplate
+from flytekitplugins.kfpytorch import CleanPodPolicy, RunPolicy
 from kubernetes.client import (
     V1Capabilities,
     V1ConfigMapVolumeSource,
@@ -35,6 +36,7 @@ from tasks.elastic import Processes
 
 USER = 1000
 """That of the images."""
+DAY_SECONDS = 86400
 GRACE_SECONDS = 120
 """Between SIGTERM and the end of a pod: time for a checkpoint."""
 SHM = "/dev/shm"  # noqa: S108 - the pod's shared memory
@@ -74,6 +76,8 @@ def processes() -> Processes | None:
         start_method="spawn",
         max_restarts=0,
         increase_shared_mem=False,
+        # When one node has failed the others hold their GPUs for nothing; logs of those that ended are left for a day.
+        run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.RUNNING, ttl_seconds_after_finished=DAY_SECONDS),
         rdzv_configs={"timeout": seconds, "join_timeout": seconds, "read_timeout": seconds},
     )
 

@@ -49,6 +49,10 @@ def job_of(template: dict) -> dict:
         "maxRestarts": int(elastic.get("maxRestarts", 0)),  # protobuf leaves zeros out
         "rdzvBackend": elastic["rdzvBackend"],
     }
+    finished = {
+        "cleanPodPolicy": custom["runPolicy"]["cleanPodPolicy"].removeprefix("CLEANPOD_POLICY_").capitalize(),
+        "ttlSecondsAfterFinished": int(custom["runPolicy"]["ttlSecondsAfterFinished"]),
+    }
     worker = {
         "replicas": int(custom["workerReplicas"]["replicas"]),
         "restartPolicy": "Never",
@@ -58,7 +62,7 @@ def job_of(template: dict) -> dict:
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
         "metadata": {"name": "x"},
-        "spec": {"elasticPolicy": policy, "pytorchReplicaSpecs": {"Worker": worker}},
+        "spec": {"elasticPolicy": policy, "runPolicy": finished, "pytorchReplicaSpecs": {"Worker": worker}},
     }
 
 
@@ -141,6 +145,7 @@ def test_one_node_is_a_plain_pod_and_several_are_a_job(profile):
         "minReplicas": 2, "maxReplicas": 2, "nProcPerNode": 8, "maxRestarts": 0, "rdzvBackend": "c10d",
     }  # fmt: skip
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
+    assert job["spec"]["runPolicy"] == {"cleanPodPolicy": "Running", "ttlSecondsAfterFinished": 86400}
 
 
 def test_a_field_that_the_operator_does_not_know_is_found():
