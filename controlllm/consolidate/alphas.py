@@ -25,7 +25,7 @@ def alphas_for(export: ExportConfig, load: Callable[[], Any], tokenizer: Any) ->
             return {site: settings.alpha_scale * alpha for site, alpha in known.items() if alpha is not None}
         from controlllm.distance import batches, read_documents
 
-        documents, whole = read_documents(None, tokenizer)[0::2], load()
+        documents, whole = read_documents(None, tokenizer)[0::2], load().eval()
         with track("calibrate", total=len(documents), unit="texts") as advance:
             return measure_alphas(whole, (inputs for _, inputs in batches(documents, whole.device, advance)))
 

@@ -89,9 +89,10 @@ def _write_named(
     def write(folder: Path) -> None:
         write_weights(plan, folder, how)
         plan.config.lineage = _lineage(source, kind, described) | (getattr(plan.config, "lineage", None) or {})
+        beside = described.base or described.place
         save_companions(
-            folder, described.place, config=plan.config, generation_config=plan.generation_config,
-            tokenizer=load_tokenizer(described.place),
+            folder, beside, config=plan.config, generation_config=plan.generation_config,
+            tokenizer=load_tokenizer(described.place) or load_tokenizer(beside),
         )  # fmt: skip
 
     return write

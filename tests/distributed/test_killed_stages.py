@@ -9,10 +9,13 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from killed_runs import Kill, inputs_of, pack, same_to_the_bit, train, trained
 from ranks import PRELOADED
+from transformers import AutoModelForCausalLM
 
 from controlllm.consolidate import consolidate
+from controlllm.consolidate.foreign import export
 from controlllm.store import LINEAGE
 from controlllm.train.distributed import World
 from controlllm.train.fit import fit
@@ -83,6 +86,10 @@ def test_the_end_of_a_run(tiny_base, cache, tmp_path):
     same_to_the_bit(trained(killed), trained(tmp_path / "whole"))
 
 
+def weights(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
 def test_consolidate(tiny_base, cache):
     inputs = inputs_of(tiny_base, pack(tiny_base), steps=4)
     output = train_stage(
@@ -103,7 +110,26 @@ def test_consolidate(tiny_base, cache):
     )
     assert hits >= 10
     whole = consolidate(tiny_base, output, inputs.method)
-    others = {path: (path / "model.safetensors").read_bytes() for path in cache.glob("whole-*")}
+    others = [weights(path) for path in cache.glob("whole-*")]
     assert not whole.cached or others
-    assert all(content == (whole.path / "model.safetensors").read_bytes() for content in others.values())
+    assert len(weights(whole.path)) == 2
+    assert all(content == weights(whole.path) for content in others)
     assert [path.name for path in made.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_export(tiny_base, tmp_path):
+    """What has its name is whole; what a killed process leaves is hidden and in nobody's way."""
+    source, out = tmp_path / "dcp", tmp_path / "out"
+    state = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
+    torch_dcp.save(state, checkpoint_id=str(source), no_dist=True)
+    whole = weights(export(source, tmp_path / "whole", base=tiny_base))
+
+    def check():
+        if out.exists():
+            assert (out / "tokenizer.json").exists()
+            assert weights(out) == whole
+            shutil.rmtree(out)
+
+    once = partial(export, source, out, base=tiny_base)
+    assert killed_at_random(tmp_path, once, rng=random.Random(3), check=check, kills=10) >= 3
+    assert weights(export(source, out, base=tiny_base)) == whole

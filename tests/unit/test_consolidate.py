@@ -14,6 +14,7 @@ from controlllm.consolidate import consolidate, writing
 from controlllm.consolidate.companions import end_of_turn
 from controlllm.control.fold import fold_model, measure_alphas
 from controlllm.control.spelling import base_name, pair_names
+from controlllm.distance import batches, read_documents
 from controlllm.errors import UserError
 from controlllm.fingerprint import hash_file
 from controlllm.store import read_lineage
@@ -123,6 +124,14 @@ def test_folded(tiny_base, tmp_path, store, method, alpha):
     values = json.loads((folder / "config.json").read_text())
     assert (values["model_type"], "control" in values) == ("llama", False)
     assert values["lineage"]["folded"][0]["alphas"] == {str(site): one for site, one in alphas.items()}
+
+
+def test_what_depends_on_the_token_is_measured(tiny_base, tmp_path, store):
+    folder, model = deliver(tiny_base, tmp_path, export={"form": "folded"}, **METHODS["concat"])
+    documents = read_documents(None, AutoTokenizer.from_pretrained(tiny_base))[0::2]
+    want = measure_alphas(model, (inputs for _, inputs in batches(documents, "cpu", lambda _done, note="": None)))
+    values = json.loads((folder / "config.json").read_text())["lineage"]["folded"][0]["alphas"]
+    assert values == {str(site): pytest.approx(alpha) for site, alpha in want.items()}
 
 
 def test_adapters_of_twins_fold_too(tiny_base, tmp_path, store):
