@@ -16,7 +16,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def runs(context: typer.Context) -> None:
-    """Runs on Flyte: ls, show, diff, rerun, approve.
+    """Runs on Flyte: start, ls, show, diff, rerun, approve.
 
     Example: `controlllm runs ls`
 

@@ -10,7 +10,10 @@ import typer
 from controlllm.errors import UserError
 
 app = typer.Typer(
-    help="Runs on Flyte: ls, show, diff, rerun, approve.", rich_markup_mode="markdown", no_args_is_help=True
+    help="Runs on Flyte: start, ls, show, diff, rerun, approve.",
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=False,
 )
 Endpoint = Annotated[
     str | None,
@@ -103,6 +106,36 @@ def diff(
     remote = connect(Place(endpoint, insecure, project, domain))
     with answers(remote, f"{first}, {second}"):
         print_diff(remote, first, second)
+
+
+@app.command()
+def start(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="finetune-on-demand, smoke, benchmark-weekly, ...")],
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Else that of the registration.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it.")] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For smoke and benchmark-weekly.")] = "",
+    version: Annotated[str | None, typer.Option("--version", help="Registered; the newest by default.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it ends; exit code 1 if it fails.")] = False,
+    endpoint: Endpoint = None,
+    insecure: Insecure = False,
+    project: Project = None,
+    domain: Domain = None,
+) -> None:
+    """Start a run by its launch plan; prints the new run's name.
+
+    Example: `controlllm runs start finetune-on-demand workflows/recipes/demo.yaml train.lr=1e-4`
+
+    Next: `controlllm runs show RUN`
+    """
+    from tasks.remote.connect import Place, answers, connect
+    from tasks.remote.rerun import start as begin
+
+    remote = connect(Place(endpoint, insecure, project, domain))
+    with answers(remote, plan):
+        new = begin(remote, plan, recipe, overrides=overrides or [], checkpoint=checkpoint, version=version)
+    print(new, flush=True)
+    if wait:
+        _wait(remote, new)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A run again: as it was, from where it failed, or from a stage on with the outputs before it."""
+"""Runs begun: by a launch plan, or again: as before, from where one failed, from a stage on with what was before it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +24,29 @@ MADE_BY = {
     "trained": ("train", "o0"),
     "model": ("consolidate", "o0"),
 }
+
+
+def start(
+    remote: FlyteRemote,
+    name: str,
+    recipe: str | None,
+    *,
+    overrides: Sequence[str],
+    checkpoint: str,
+    version: str | None,
+) -> str:
+    """A run of a launch plan, its newest version unless one is named; its own recipe where none is given."""
+    from controlllm.config import load_config
+    from tasks.artifacts import Recipe
+
+    plan = remote.fetch_launch_plan(name=name, version=version)  # type: ignore[arg-type] - None is the newest
+    inputs: dict[str, Any] = {"checkpoint": checkpoint} if checkpoint else {}
+    if recipe is not None:
+        inputs["config"] = Recipe.model_validate(load_config(recipe, *overrides).model_dump())
+    assert plan.interface is not None
+    if unknown := sorted(set(inputs) - set(plan.interface.inputs)):
+        raise UserError(f"{name}: takes no {unknown[0]}; its inputs are {', '.join(plan.interface.inputs)}")
+    return remote.execute(plan, inputs=inputs).id.name
 
 
 def recover(remote: FlyteRemote, name: str) -> str:
