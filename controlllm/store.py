@@ -67,7 +67,6 @@ class _DryRun:
 
 
 _dry: ContextVar[_DryRun | None] = ContextVar("dry run", default=None)
-_watch: ContextVar[Callable[[str, Path], None] | None] = ContextVar("watch", default=None)
 
 
 @contextmanager
@@ -84,14 +83,10 @@ def dry_run(tell: Callable[[str], None], *, stand_in: bool = False) -> Iterator[
         _dry.reset(token)
 
 
-@contextmanager
-def watched(look: Callable[[str, Path], None]) -> Iterator[None]:
-    """Inside, `look` is called with a stage's name and the folder in which it begins to compute."""
-    token = _watch.set(look)
-    try:
-        yield
-    finally:
-        _watch.reset(token)
+def at_work(stage: str) -> Path | None:
+    """The folder in which a stage computes now, or last did before it was stopped; the newest of several."""
+    found = (store_root() / stage.replace(" ", "-")).glob(".*.partial")
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def run_stage(
@@ -131,8 +126,6 @@ def run_stage(
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
         _make(partial)
-        if look := _watch.get():
-            look(stage, partial)
         began = time.time()
         try:
             build(partial)

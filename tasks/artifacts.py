@@ -4,12 +4,12 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import click
-from flytekit import Cache, FlyteContextManager, HashMethod
+from flytekit import Cache, Deck, FlyteContextManager, HashMethod
 from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from controlllm.config import RunConfig
 from controlllm.errors import UserError, is_passing, one_line
 from controlllm.fingerprint import code_version, content_of
-from controlllm.progress import prepare_environment
+from controlllm.progress import console, is_first_process, prepare_environment
 from controlllm.recipe import Source
-from controlllm.store import content_hash
+from controlllm.store import content_hash, find_lineage
 
 # On this machine the stage store is the cache: it says why a stage runs, and notices a changed or removed output.
 # On a cluster, where the store is a pod's own disk, Flyte's catalog is.
@@ -57,14 +57,44 @@ class Recipe(RunConfig):
             raise click.ClickException(mistake) from None
 
 
+DECK: dict[str, Any] = {"enable_deck": True, "deck_fields": ()}
+"""Of a task with pages of its own, and without flytekit's, which ask pip that need not be there."""
+
+_inputs: list[Path] = []
+"""Folders that tasks of this process were given: parents that are not in the store of a pod."""
+
+
 def publish(path: Path) -> FlyteDirectory:
-    """Here a folder stays where it is; on a cluster Flyte uploads it."""
+    """Here a folder stays where it is; on a cluster Flyte uploads it, and its pages go into the task's Deck."""
+    if not is_local() and is_first_process():
+        show(lambda: _decks(path))
     return FlyteDirectory(str(path), remote_directory=False if is_local() else None)
 
 
 def local(directory: FlyteDirectory) -> Path:
-    """The folder on this machine's disk."""
-    return Path(str(directory.download()))
+    """The folder on this machine's disk. UserError where a storage has lost it."""
+    folder = Path(str(directory.download()))
+    if not folder.is_dir():
+        gone = "is not there any more: run again without the cache (pyflyte run --overwrite-cache)"
+        raise UserError(f"{directory.remote_source or folder}: {gone}")
+    if find_lineage(folder) is not None and folder not in _inputs:
+        _inputs.append(folder)
+    return folder
+
+
+def show(make: Callable[[], Mapping[str, str]]) -> None:
+    """Put pages into the task's Deck; one that cannot be made costs no stage, and is said."""
+    try:
+        for name, html in make().items():
+            Deck(name, html)
+    except Exception as error:  # noqa: BLE001 - hours of work are worth more than a page about them
+        console.print(f"the task's page was not made: {one_line(error)}", markup=False)
+
+
+def _decks(path: Path) -> Mapping[str, str]:
+    from controlllm.decks import decks_of
+
+    return decks_of(path, _inputs)
 
 
 def is_local() -> bool:

@@ -5,7 +5,7 @@ from flytekit.types.directory import FlyteDirectory
 
 from controlllm.config import BenchmarkConfig
 from tasks import cluster
-from tasks.artifacts import Folder, is_local, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, is_local, local, one_line_errors, publish, stage_cache
 
 
 @task(cache=stage_cache("benchmark task", "benchmark"), **cluster.runs("plan_benchmark"))
@@ -26,7 +26,7 @@ def benchmark_task(name: str, model: FlyteDirectory, data: FlyteDirectory, confi
     return publish(benchmark_task_stage(name, local(model), local(data), config))
 
 
-@task(cache=stage_cache("benchmark task", "benchmark"), **cluster.runs("benchmark"))
+@task(cache=stage_cache("benchmark task", "benchmark"), **cluster.runs("benchmark"), **DECK)
 @one_line_errors
 def benchmark(
     model: FlyteDirectory,

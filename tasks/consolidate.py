@@ -14,12 +14,13 @@ from controlllm.config import (
 )
 from controlllm.config.export import ExportConfig
 from tasks import cluster
-from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
     cache=stage_cache("consolidate"),
     **cluster.runs("consolidate"),
+    **DECK,
 )
 @one_line_errors
 def consolidate(

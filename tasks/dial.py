@@ -5,12 +5,13 @@ from flytekit.types.directory import FlyteDirectory
 
 from controlllm.config import BenchmarkConfig, ReportConfig
 from tasks import cluster
-from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
     cache=stage_cache("benchmark task", "dial"),
     **cluster.runs("dial"),
+    **DECK,
 )
 @one_line_errors
 def dial(

@@ -9,6 +9,8 @@ from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 
+from tasks.live import live_deck
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -25,7 +27,8 @@ class ProcessesTask(PytorchElasticFunctionTask):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # seconds, for training alone
 
         try:
-            return super().execute(**kwargs)
+            with live_deck():
+                return super().execute(**kwargs)
         except FlyteUserRuntimeException as error:
             failed = error.value
             if not isinstance(failed, ChildFailedError):

@@ -6,7 +6,7 @@ from flytekit import task
 
 from controlllm.config import BenchmarkConfig, MixConfig, ModelConfig, PackConfig
 from tasks import cluster
-from tasks.artifacts import Folder, Recipe, is_local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, Recipe, is_local, one_line_errors, publish, stage_cache
 
 
 class Checked(NamedTuple):
@@ -33,6 +33,7 @@ def preflight(config: Recipe) -> Checked:
 @task(
     cache=stage_cache("ingest model", "ingest data"),
     **cluster.runs("ingest"),
+    **DECK,
 )
 @one_line_errors
 def ingest(model: ModelConfig, mix: MixConfig, benchmark: BenchmarkConfig, pack: PackConfig) -> Ingested:

@@ -6,7 +6,7 @@ from flytekit.types.directory import FlyteDirectory
 from controlllm.config import MixConfig, PackConfig, ValidationConfig
 from controlllm.prepare import Piece
 from tasks import cluster
-from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
@@ -38,6 +38,7 @@ def prepare_piece(
 @task(
     cache=stage_cache("prepare"),
     **cluster.runs("prepare"),
+    **DECK,
 )
 @one_line_errors
 def prepare(

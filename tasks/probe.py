@@ -5,12 +5,13 @@ from flytekit.types.directory import FlyteDirectory
 
 from controlllm.config import ProbeConfig
 from tasks import cluster
-from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, local, one_line_errors, publish, stage_cache
 
 
 @task(
     cache=stage_cache("probe"),
     **cluster.runs("probe"),
+    **DECK,
 )
 @one_line_errors
 def probe(model: FlyteDirectory, base: FlyteDirectory, config: ProbeConfig | None) -> Folder | None:

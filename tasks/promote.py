@@ -6,10 +6,10 @@ from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import cluster
-from tasks.artifacts import Folder, Recipe, is_local, local, one_line_errors, publish
+from tasks.artifacts import DECK, Folder, Recipe, is_local, local, one_line_errors, publish, show
 
 
-@task(**cluster.runs("promote"))
+@task(**cluster.runs("promote"), **DECK)
 @one_line_errors
 def promote(
     config: Recipe,
@@ -22,7 +22,16 @@ def promote(
     from controlllm.promote import promote as promote_stage
 
     scores = {"base_scores": _kept(base_scores), "tuned_scores": _kept(tuned_scores)}
-    return publish(promote_stage(config, model=_kept(model), **scores, approved=approved))
+    kept = _kept(model)
+    if not is_local():
+        show(lambda: _page(config, kept, **scores))
+    return publish(promote_stage(config, model=kept, **scores, approved=approved))
+
+
+def _page(config: Recipe, model: Path, *, base_scores: Path, tuned_scores: Path) -> dict[str, str]:
+    from controlllm.decks import gate_deck
+
+    return {"gate": gate_deck(config.benchmark.model_dump(), base_scores, tuned_scores, model)}
 
 
 def _kept(directory: FlyteDirectory) -> Path:

@@ -1,11 +1,13 @@
 """Stage 7: one page of what was learned and what was forgotten, as a file and as a Flyte Deck."""
 
+from pathlib import Path
+
 from flytekit import Deck, current_context, task
 from flytekit.types.directory import FlyteDirectory
 from flytekit.types.file import FlyteFile
 
 from tasks import cluster
-from tasks.artifacts import Recipe, is_local, local, one_line_errors
+from tasks.artifacts import Recipe, is_local, local, one_line_errors, show
 
 
 @task(
@@ -45,4 +47,12 @@ def report(
         started=current_context().execution_date,
     )
     Deck("report", page.read_text())
+    if not is_local():
+        show(lambda: _lineage(page.parent))
     return FlyteFile(str(page), remote_path=False if is_local() else None)
+
+
+def _lineage(run: Path) -> dict[str, str]:
+    from controlllm.decks import lineage_deck
+
+    return {"lineage": lineage_deck(run)}

@@ -17,13 +17,15 @@ from controlllm.config import (
     ValidationConfig,
 )
 from tasks import cluster
-from tasks.artifacts import Folder, local, one_line_errors, publish, stage_cache
+from tasks.artifacts import DECK, Folder, local, one_line_errors, publish, stage_cache
+from tasks.live import live_deck
 
 
 @task(
     task_config=cluster.processes(),
     cache=stage_cache("train"),
     **cluster.runs("train"),
+    **DECK,
 )
 @one_line_errors
 def train(
@@ -43,20 +45,21 @@ def train(
     """The trained tensors and the metrics of every step. Runs in every process of the job."""
     from controlllm.train.stage import train as train_stage
 
-    folder = train_stage(
-        local(base),
-        local(shards),
-        model=model,
-        method=Method(
-            control=control,
-            lora=lora,
-            ia3=ia3,
-            prompt=prompt,
-            partial=partial,
-            quantization=quantization,
-        ),
-        mix=mix,
-        config=config,
-        validation=validation,
-    )
+    with live_deck():
+        folder = train_stage(
+            local(base),
+            local(shards),
+            model=model,
+            method=Method(
+                control=control,
+                lora=lora,
+                ia3=ia3,
+                prompt=prompt,
+                partial=partial,
+                quantization=quantization,
+            ),
+            mix=mix,
+            config=config,
+            validation=validation,
+        )
     return publish(folder)

@@ -8,7 +8,7 @@ from typing import Any
 from controlllm.decks.page import Page, Section, Table, Tile
 from controlllm.private import clean
 from controlllm.progress import duration
-from controlllm.statistics import MEASURES, format_range, format_value
+from controlllm.statistics import MEASURES, format_value
 
 Json = dict[str, Any]
 SAMPLES = 6
@@ -65,7 +65,7 @@ def _interval(items: Path, metric: str) -> str:
     if not right:
         return "–"
     interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-    return format_range(interval.low, interval.high, metric)
+    return f"{format_value(interval.low, metric)} to {format_value(interval.high, metric)}"
 
 
 def _items(file: Path) -> Section:

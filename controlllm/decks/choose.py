@@ -1,7 +1,7 @@
 """Which page belongs to a folder, and which folder to a stage of a run."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,24 @@ def deck_of(folder: Path, *, places: Places | None = None) -> str:
         raise UserError(f"{folder}: there is no page for {stage}; known: {', '.join(STAGES)}")
     there = parents_of(lineage, folder) | dict(places or {})
     return render(PAGES[stage](folder, lineage, there))
+
+
+def decks_of(folder: Path, inputs: Iterable[Path] = ()) -> dict[str, str]:
+    """Pages by the name of a Deck: the stage's own, and what it was made from, as a graph.
+
+    inputs: folders of outputs that it was made from and that are not in the store, as on a cluster.
+    """
+    here = {read_lineage(place)["stage"]: place for place in inputs}
+    stage = read_lineage(folder)["stage"]
+    return {stage: deck_of(folder, places=here), "lineage": lineage_deck(folder, here.values())}
+
+
+def lineage_deck(target: Path, inputs: Iterable[Path] = ()) -> str:
+    """What a run, or an output, was made from."""
+    from controlllm.lineage import trace
+    from controlllm.lineage.page import page_of
+
+    return page_of(trace(target, places=[*inputs]))
 
 
 def gate_deck(config: Json, base_scores: Path, tuned_scores: Path, model: Path) -> str:
