@@ -46,11 +46,12 @@ def tokenizer_folder(place: Place) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """UserError where there is none, or one that is not the model's."""
+    rows = read_json(folder / "config.json").get("vocab_size")
     from transformers import AutoTokenizer
 
     with _in_one_line(folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    size, rows = len(tokenizer), read_json(folder / "config.json").get("vocab_size")
+    size = len(tokenizer)
     if isinstance(rows, int) and size > rows:
         raise UserError(
             f"{folder}: its tokenizer has {size:,} tokens and the model {rows:,} embeddings: it is another model's; "

@@ -1,7 +1,5 @@
 """Which engine answers, and the base that it is compared with."""
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,17 +73,13 @@ def _base_of(place: Place) -> Path:
 
 def _not_for_vllm(place: Place) -> str:
     """Why vLLM cannot run it; empty where it can."""
-    if importlib.util.find_spec("vllm") is None and not _other_python():
+    if not vllm_process.is_installed():
         return "vLLM is not installed; pip install 'controlllm[serve-cpu]' (with a GPU: 'controlllm[serve]')"
     if isinstance(place, Trained):
         return f"{place.folder} is a training checkpoint; consolidate it first, or leave --backend out"
     if isinstance(place, Adapter) or has_virtual_tokens(place.folder):
         return f"{place.folder} has an adapter beside its weights; use --backend transformers"
     return ""
-
-
-def _other_python() -> bool:
-    return vllm_process.python() != sys.executable
 
 
 def _gpus() -> int:

@@ -14,6 +14,8 @@ from controlllm.cli import main
 from controlllm.control.model import expand_model
 from controlllm.control.settings import ControlSettings
 
+START = 600
+"""Seconds that a busy machine may take to import everything."""
 COMMAND = [sys.executable, "-m", "controlllm.cli", "chat"]
 
 
@@ -46,7 +48,9 @@ def environment(tmp_path):
 def test_a_chat_from_start_to_end(tuned, tmp_path, environment):
     command = [*COMMAND, str(tuned), "--max-new-tokens", "2000"]
     with Terminal(command, environment=environment) as terminal:
-        terminal.expect(r"run-?\w*/model · llama · Control LLM \(concat-lerp, sites 1, 3\) · alpha 1 · float32 on cpu")
+        terminal.expect(
+            r"run-?\w*/model · llama · Control LLM \(concat-lerp, sites 1, 3\) · alpha 1 · float32 on cpu", START
+        )
         terminal.expect("context 2,048 tokens · /help lists")
         terminal.expect("› ")
         terminal.type("hello\n")
@@ -101,7 +105,7 @@ def test_a_chat_from_start_to_end(tuned, tmp_path, environment):
 def test_a_narrow_terminal_and_ctrl_d(tuned, environment):
     command = [*COMMAND, str(tuned), "--compare", "--max-new-tokens", "60"]
     with Terminal(command, environment=environment, columns=40) as terminal:
-        terminal.expect("› ")
+        terminal.expect("› ", START)
         terminal.type("hello\n")
         terminal.expect(r"base ─+\n[A-Za-z]{40}\n[A-Za-z]{20}\ntuned ─+\n[A-Za-z]{40}\n[A-Za-z]{20}\n.*› ")
         terminal.type("\x04")
