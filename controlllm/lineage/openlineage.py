@@ -1,6 +1,7 @@
 """The graph as OpenLineage run events, two for each stage, a line of JSON each as its file transport has them."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -14,10 +15,23 @@ SCHEMA = f"{SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
 
 
 def events_of(graph: Graph) -> str:
-    """In the order in which the stages ran."""
-    ran = sorted((node for node in graph.nodes.values() if not node.is_source), key=lambda node: node.started)
+    """What a stage was made from before the stage."""
+    ran = [node for node in _in_order(graph) if not node.is_source]
     events = [event for node in ran for event in (_event(graph, node, "START"), _event(graph, node, "COMPLETE"))]
     return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+
+
+def _in_order(graph: Graph) -> Iterator[Node]:
+    seen: set[str] = set()
+
+    def visit(id: str) -> Iterator[Node]:
+        if id not in seen:
+            seen.add(id)
+            for edge in graph.parents(id):
+                yield from visit(edge.parent)
+            yield graph.nodes[id]
+
+    yield from visit(graph.root.id)
 
 
 def _event(graph: Graph, node: Node, kind: str) -> Json:
