@@ -27,7 +27,11 @@ def serve(serving: Serving) -> int:
         log = Path(scratch, "server.log")
         with log.open("wb") as lines:
             process = vllm_process.start(
-                command(serving), environment=environment(), log=lines, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command(serving, attached=True),
+                environment=environment(),
+                log=lines,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         try:
             with _signals(process) as stopped:

@@ -49,8 +49,8 @@ def check(serving: Serving) -> None:
     _check_port(serving.host, serving.port)
 
 
-def command(serving: Serving) -> list[str]:
-    """What is run, in `environment()`."""
+def command(serving: Serving, *, attached: bool = False) -> list[str]:
+    """What is run, in `environment()`. attached: as `vllm_server` says."""
     given: dict[str, Any] = {"host": serving.host, "port": serving.port, "served-model-name": serving.name}
     given |= {name.replace("_", "-"): value for name, value in defaults(_gpus(serving)).items()}
     given |= {"dtype": serving.dtype or _dtype(serving), "max-model-len": serving.max_model_len}
@@ -59,7 +59,8 @@ def command(serving: Serving) -> list[str]:
     own = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     eager = [] if _on_gpu() else ["--enforce-eager"]
     return [
-        *(vllm_process.python(), "-m", "controlllm.vllm_server", str(serving.checkpoint)),
+        *(vllm_process.python(), "-m", "controlllm.vllm_server", *(["--attached"] if attached else [])),
+        str(serving.checkpoint),
         *(*own, *eager, *serving.extra),
     ]
 
@@ -67,7 +68,9 @@ def command(serving: Serving) -> list[str]:
 def environment() -> dict[str, str]:
     """Ours, where the person has not said otherwise; the server's log is as vLLM has it."""
     return {
-        name: value for name, value in ENVIRONMENT.items() if name not in os.environ and name != "VLLM_LOGGING_LEVEL"
+        name: value
+        for name, value in ENVIRONMENT.items()
+        if os.environ.get(name, value) == value and name != "VLLM_LOGGING_LEVEL"
     }
 
 

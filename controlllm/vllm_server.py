@@ -1,6 +1,6 @@
-"""vLLM's OpenAI server: `python -m controlllm.vllm_server MODEL ARGUMENTS`, with vLLM's own arguments.
+"""vLLM's OpenAI server: `python -m controlllm.vllm_server [--attached] MODEL ARGUMENTS`, with vLLM's own arguments.
 
-It imports, waits for a line on stdin, and then opens the engine; it ends with whoever holds stdin open.
+Attached, it imports, waits for a line on stdin before it opens the engine, and ends with whoever holds stdin open.
 """
 
 import os
@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 
+ATTACHED = "--attached"
 
-def main(model: str, arguments: list[str]) -> None:
+
+def main(arguments: list[str]) -> None:
     """Serve until SIGTERM or SIGINT, or until the caller is gone."""
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
@@ -17,10 +19,12 @@ def main(model: str, arguments: list[str]) -> None:
     from controlllm.vllm_plugin import register
 
     register()
-    os.read(0, 1)
-    threading.Thread(target=die_with_the_caller, daemon=True).start()
-    look_at_the_model_class_here(model)
-    sys.argv[1:] = ["--model", model, *arguments]
+    if arguments[0] == ATTACHED:
+        os.read(0, 1)
+        threading.Thread(target=die_with_the_caller, daemon=True).start()
+        arguments = arguments[1:]
+    look_at_the_model_class_here(arguments[0])
+    sys.argv[1:] = ["--model", *arguments]
     serve()
 
 
@@ -32,4 +36,4 @@ def die_with_the_caller() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])

@@ -123,7 +123,7 @@ def server(model: Path, arguments: Sequence[str], *, seconds: float) -> Iterator
         if len(str(socket).encode()) > SOCKET_PATH:
             raise UserError(f"smoke: {socket} is too long for the name of a socket; set TMPDIR to a shorter folder")
         own = ["--uds", str(socket), "--served-model-name", NAME, "--disable-uvicorn-access-log"]
-        command = [vllm_process.python(), "-m", "controlllm.vllm_server", str(model), *own, *arguments]
+        command = [vllm_process.python(), "-m", "controlllm.vllm_server", "--attached", str(model), *own, *arguments]
         with log.open("wb") as stream:
             process = vllm_process.start(command, environment=ENVIRONMENT | DEVELOPMENT, log=stream)
         try:
