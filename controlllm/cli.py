@@ -15,13 +15,15 @@ from controlllm import (
     cli_benchmark,
     cli_chat,
     cli_checkpoints,
-    cli_consolidate,
     cli_cluster,
+    cli_consolidate,
     cli_data,
     cli_lineage,
     cli_probe,
     cli_runs,
+    cli_serve,
     cli_share,
+    cli_smoke,
     cli_train,
 )
 from controlllm.errors import RunError, UserError, one_line
@@ -141,11 +143,9 @@ def train(
 for _stage, (_what, _example, _next) in STAGES.items():
     _line = f"controlllm {_stage} workflows/recipes/demo.yaml {_example}".strip()
     _help = f"{_what}\n\nExample: `{_line}`\n\nNext: `{_next}`"
-    if _stage == "benchmark":
-        cli_benchmark.add_commands(app, _stage_command("benchmark"), "Stages")
-        continue
-    if _stage == "consolidate":
-        cli_consolidate.add_commands(app, _stage_command("consolidate"), "Stages")
+    _own = {"benchmark": cli_benchmark, "consolidate": cli_consolidate, "smoke": cli_smoke}.get(_stage)
+    if _own:
+        _own.add_commands(app, _stage_command(_stage), "Stages")
         continue
     if _stage in ("ingest", "train"):
         app.command(_stage, rich_help_panel="Stages")(ingest if _stage == "ingest" else train)
@@ -156,6 +156,7 @@ for _module in (
     cli_probe,
     cli_checkpoints,
     cli_chat,
+    cli_serve,
     cli_share,
     cli_lineage,
     cli_data,
