@@ -22,7 +22,11 @@ from typing import Any
 import torch
 
 from controlllm.config import ExportConfig, Method, ModelConfig
+from controlllm.progress import prepare_environment
 
+prepare_environment()  # of each process
+
+PRELOADED = ["transformers.models.llama.modeling_llama", "controlllm.train.weights", "controlllm.consolidate.plan"]
 WAYS = ("empty", "load + save_pretrained", "copy", "link")
 
 
@@ -59,7 +63,8 @@ def report(found: dict[str, list[dict[str, float]]]) -> None:
 
 def apart(function: Any, *args: Any) -> Any:
     """Its answer, from a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with context.Pool(1) as pool:
         return json.loads(pool.apply(function, args))
 
@@ -90,11 +95,6 @@ def write(folder: Path, way: str, method: dict[str, Any]) -> str:
     from controlllm.fingerprint import sync
 
     chosen, trained, out = Method.model_validate(method), folder / "run" / "trained.safetensors", folder / "out"
-    import transformers.models.llama.modeling_llama  # noqa: F401 - both need it, and only one of them now
-
-    import controlllm.train.model
-    import controlllm.train.weights  # noqa: F401
-
     out.mkdir()
     began = time.perf_counter()
     if way == "load + save_pretrained":
