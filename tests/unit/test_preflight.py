@@ -299,3 +299,26 @@ def test_unknown_names_list_the_known(model: Path) -> None:
     assert said.startswith("mix.datasets.1.name: unknown dataset 'puzzels'; did you mean 'puzzles'? known: ")
     said = _complaint(_config(benchmark__old=["zzz"]))
     assert said.startswith("benchmark.old.0: unknown task 'zzz'; known: arc-challenge, ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"benchmark__new": [], "benchmark__old": []}, "benchmark.new: nothing is measured: name a suite"),
+        ({"benchmark__items": {"pros": 3}}, "benchmark.items: pros is no task; give items by task, such as puzzles"),
+        ({"benchmark__items": {"general": 3}}, "benchmark.items: general is no task"),
+        ({"report__contrast": ["other", "tiny"]}, "report.contrast: tiny is this run itself; leave it out"),
+        ({"probe__prompts": []}, "probe.prompts: the list has no prompt"),
+        ({"probe__prompts": ["a", ""]}, "probe.prompts: prompt 2 is empty"),
+        ({"probe__prompts": "no.txt"}, "probe.prompts: no.txt: is not there"),
+        ({"probe__prompts": "bad.jsonl"}, "probe.prompts: bad.jsonl: row 1 is not JSON"),
+        ({"probe__prompts": "-"}, "probe.prompts: a recipe has no standard input"),
+    ],
+)
+def test_what_only_the_end_of_a_run_would_meet(changes: dict[str, Any], says: str, model: Path, here: Path) -> None:
+    (here / "bad.jsonl").write_text("hello\n")
+    assert _complaint(_config(**changes)).startswith(says)
+
+
+def test_items_of_tasks_that_are_left_out_may_stay(model: Path) -> None:
+    check(_config(benchmark__items={"mmlu-dev": 3, "prose": 4}))
