@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,31 @@ def explain(config: RunConfig, *, until: str) -> list[str]:
                 lines += _explain_shards(config, miss.parents["ingest model"], miss.parents["ingest data"])
             lines.append("what comes after it runs, too, unless it makes the same output again")
     return lines
+
+
+def every_stage(config: RunConfig) -> list[tuple[str, str]]:
+    """Each stage and its line, by itself: for one that would compute, the stored output that is nearest stands.
+
+    Raises Miss where none of a stage is stored.
+    """
+    from controlllm import pipeline
+
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if line.startswith("report: "):
+            raise _Reported
+
+    with dry_run(tell, stand_in=True), suppress(_Reported):
+        pipeline.run(config)
+    return [(_stage_of(line), line) for line in lines]
+
+
+def _stage_of(line: str) -> str:
+    """A task of a benchmark, `chat (2 of 4)`, is of the benchmark."""
+    name = line.partition(": ")[0]
+    return "benchmark" if name.endswith(")") else name
 
 
 def _explain_shards(config: RunConfig, base: Path, data: Path) -> Iterator[str]:

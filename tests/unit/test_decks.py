@@ -64,7 +64,7 @@ def scored(folder: Path) -> None:
 
 
 PAGES = {
-    "ingest model": (base, ["licence", "4", "1 kB"]),
+    "ingest model": (base, ["licence", "Layers", "model.safetensors"]),
     "ingest data": (data, ["mine", "hello", "Probe items", "as its source says"]),
     "prepare": (prepared, ["25.00 %", "repeats an earlier document", "documents", "Not shown: the base model"]),
     "train": (trained, ["Loss, nats per token", "<svg", "Steps"]),
@@ -102,7 +102,7 @@ def test_curves_of_a_training_that_goes_on(tmp_path):
 def test_the_gates_page_says_what_follows(tmp_path):
     scores = {name: write_scores(tmp_path / name, PROBES, right=right)
               for name, right in (("base", {}), ("tuned", {"mmlu-dev": 0.2}))}  # fmt: skip
-    made = {"key": "aa", "content": "bb", "finished": "2026-01-01"}
+    made = output("consolidate", base)
     page = gate_deck({"margin": 2.0, "gate": {"mmlu-dev": -2.0}}, scores["base"], scores["tuned"], made)
     assert "The model is not promoted." in page
     assert "benchmark.gate allows 2" in page

@@ -15,6 +15,7 @@ from controlllm.lineage.openlineage import events_of
 from controlllm.lineage.page import page_of
 from controlllm.lineage.prov import prov_of
 from controlllm.lineage.tree import tree_of
+from controlllm.origin import origin
 from controlllm.promote import link
 from controlllm.store import read_lineage, run_stage
 
@@ -255,6 +256,7 @@ def test_mistakes_are_one_line(run, target, options, says, monkeypatch, capsys):
 
 def test_what_a_shared_folder_knows_names_what_changed(tmp_path, monkeypatch, capsys):
     """As two pods with stores of their own."""
+    origin.cache_clear()
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f00")
     for number in (1, 2):
         monkeypatch.setenv("CONTROLLLM_CACHE", str(tmp_path / f"pod{number}"))
@@ -266,7 +268,8 @@ def test_what_a_shared_folder_knows_names_what_changed(tmp_path, monkeypatch, ca
         made = output("train", {"train": {"lr": number}}, {"a": "b"})
     assert "because train.lr (3 → 4) changed" in capsys.readouterr().err
     assert read_lineage(made)["why"] == "because train.lr (3 → 4) changed"
-    assert read_lineage(made)["made by"]["execution"]
+    assert read_lineage(made)["made by"]["execution"] == "f00"
+    origin.cache_clear()
 
 
 def test_a_shared_folder_that_cannot_be_written_costs_no_output(tmp_path, monkeypatch, capsys):
