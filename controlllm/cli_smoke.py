@@ -39,10 +39,11 @@ def add_commands(app: typer.Typer, run_stage: Run, panel: str) -> None:
         """
         given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "endpoint": endpoint, "timeout_seconds": timeout}
         own = {name: value for name, value in given.items() if value is not None}
-        if Path(target).suffix not in (".yaml", ".yml"):
+        place = Path(target)
+        if place.is_dir() or not (place.is_file() or place.suffix in (".yaml", ".yml")):
             if overrides:
                 raise UserError(f"{overrides[0]}: a checkpoint has no recipe to change; see controlllm smoke --help")
-            _test(Path(target), own)
+            _test(place, own)
             return
         if own:
             name = next(iter(own))

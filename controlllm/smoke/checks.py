@@ -39,12 +39,14 @@ def stops(ours: Sequence[Greedy], theirs: Sequence[Greedy], stop: Sequence[int])
     if missed:
         return check("stops at EOS", False, f"the answer to prompt {missed[0]} ends there in one engine only")
     if not ended:
-        return check("stops at EOS", "not seen", f"none of {len(theirs)} answers ended in time in either engine")
+        return check("stops at EOS", "not seen", f"none of {len(theirs)} answers ended in time")
     return check("stops at EOS", True, f"{ended} of {len(theirs)} answers ended at one of {list(stop)}")
 
 
 def equal_tokens(found: Comparison, config: SmokeConfig) -> Check:
-    said = f"{found.agreement:.1%} of the tokens are transformers', {found.equal_prompts:.1%} of the answers wholly"
+    said = (
+        f"{found.agreement:.1%} of the tokens are those of transformers, {found.equal_prompts:.1%} of the answers whole"
+    )
     said += f"; {told(found.differences[0])}" if found.differences else ""
     return check("greedy tokens", found.agreement >= config.min_agreement, said)
 
@@ -59,8 +61,8 @@ def template(asked: Sequence[list[int]], made: Sequence[list[int]]) -> Check:
     if not asked:
         return check("chat template", "not seen", "the tokenizer has none, or no prompt is a message")
     other = sum(a != b for a, b in zip(asked, made, strict=True))
-    said = f"of {len(asked)} messages the server makes the tokenizer's tokens"
-    return check("chat template", not other, said if not other else f"{said} but for {other}")
+    said = f"the server makes the tokenizer's tokens of {len(asked) - other} of {len(asked)} messages"
+    return check("chat template", not other, said)
 
 
 def _eos(answer: Greedy, stop: Sequence[int]) -> list[int]:

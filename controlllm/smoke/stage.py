@@ -94,7 +94,7 @@ def summarise(
         checks.equal_chances(found, config),
     ]
     if answered.endpoint is not None:
-        said = "; ".join(answered.wrong) or f"answers a {answered.endpoint['asked']}, whole and streamed, as in tokens"
+        said = "; ".join(answered.wrong) or f"a {answered.endpoint['asked']}, whole and streamed, has the same tokens"
         looked.append(checks.check("OpenAI endpoint", not answered.wrong, said))
     return {
         "passed": all(one["result"] != "failed" for one in looked),
