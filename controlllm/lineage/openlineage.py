@@ -61,7 +61,7 @@ def _about(node: Node) -> Json:
 
 
 def _job_type() -> Json:
-    return _facet("2-0-3/JobTypeJobFacet", {"processingType": "BATCH", "integration": "CONTROLLLM", "jobType": "STAGE"})
+    return _facet("2-0-4/JobTypeJobFacet", {"processingType": "BATCH", "integration": "CONTROLLLM", "jobType": "STAGE"})
 
 
 def _input(node: Node, role: str) -> Json:

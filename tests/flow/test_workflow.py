@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_changed_rate_trains_again_and_says_why(place):
     assert done.returncode == 0, done.stderr[-4000:]
     assert [stage for stage, state in states(done).items() if state == "cached"] == STAGES[:3]
     assert "because train.lr (0.001 → 0.002) changed" in done.stderr
+
+
+def test_removed_outputs_and_parents_are_made_again_with_a_line(place):
+    for stage in ("prepare", "consolidate"):
+        shutil.rmtree(place / "cache" / stage)
+    done = finetune(place, changed(place, "faster.yaml", train={"lr": 0.002}, smoke=None))
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = states(done)
+    assert {stage for stage, state in found.items() if state == "computing"} == {"prepare", "consolidate"}
+    assert done.stderr.count("its stored output is not here any more") == 2
 
 
 def test_one_stage_alone(place):
