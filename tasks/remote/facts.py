@@ -1,13 +1,15 @@
 """What a backend knows of a run, as plain values."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from flytekit.clients.helpers import iterate_node_executions, iterate_task_executions
+from flytekit.exceptions.user import FlyteEntityNotExistException
 from flytekit.models.core.execution import NodeExecutionPhase, WorkflowExecutionPhase
-from flytekit.models.core.identifier import WorkflowExecutionIdentifier
+from flytekit.models.core.identifier import ResourceType, WorkflowExecutionIdentifier
 from flytekit.remote import FlyteRemote
 
 CACHE = {1: "computed", 2: "cached", 3: "computed", 4: "cache unreachable", 5: "cache not written", 6: "computed anew"}
@@ -59,10 +61,14 @@ def newest(remote: FlyteRemote, limit: int) -> list[Run]:
 
 
 def run_of(remote: FlyteRemote, name: str) -> Run:
-    """A run with all its stages, in the order in which they began."""
+    """A run with all its stages, in the order in which they began; without stages, one that is a single task."""
     identity = identity_of(remote, name)
     execution = remote.client.get_execution(identity)
-    closure = remote.client.get_workflow(execution.closure.workflow_id).closure.compiled_workflow
+    launched = execution.spec.launch_plan
+    if launched.resource_type == ResourceType.TASK:
+        return _run(remote, execution)
+    plan = remote.client.get_launch_plan(launched)
+    closure = remote.client.get_workflow(plan.spec.workflow_id).closure.compiled_workflow
     workflows = {each.template.id.name: each.template for each in (closure.primary, *closure.sub_workflows)}
     nodes = {node.id: node for node in closure.primary.template.nodes}
     return _run(remote, execution, list(_stages(remote, identity, workflows, nodes)))
@@ -131,7 +137,6 @@ def _stage(remote: FlyteRemote, execution: Any, node: Any, depth: int) -> Stage:
     if node.task_node is not None or node.array_node is not None:
         tasks = list(iterate_task_executions(remote.client, execution.id))
     status = closure.task_node_metadata.cache_status if closure.task_node_metadata else 0
-    data = remote.client.get_node_execution_data(execution.id)
     return Stage(
         id=execution.id.node_id,
         name=name_of(node),
@@ -143,17 +148,28 @@ def _stage(remote: FlyteRemote, execution: Any, node: Any, depth: int) -> Stage:
         tries=len(tasks) if node.array_node is None else 0,
         error=first_line(closure.error.message) if closure.error else "",
         deck=closure.deck_uri or "",
-        outputs={name: mark(literal) for name, literal in data.full_outputs.literals.items()},
+        outputs={name: mark(literal) for name, literal in _outputs(remote, execution).items()},
     )
 
 
+def _outputs(remote: FlyteRemote, execution: Any) -> Mapping[str, Any]:
+    """Literals by name; none of a node that has only been queued, of which a backend may know nothing."""
+    try:
+        return remote.client.get_node_execution_data(execution.id).full_outputs.literals
+    except FlyteEntityNotExistException:
+        return {}
+
+
+_MAPPED = re.compile(r"^(?:.*\.)?map_(\w+)_[0-9a-f]{32}-arraynode$")
+
+
 def name_of(node: Any) -> str:
-    """A task's or workflow's own name, or what a branch or a gate is called."""
+    """A task's or workflow's own name, a mapped task's too, or what a branch or a gate is called."""
     if node.task_node is not None:
         return node.task_node.reference_id.name.rpartition(".")[2]
     if node.workflow_node is not None:
         return node.workflow_node.sub_workflow_ref.name.rpartition(".")[2]
-    return node.metadata.name.removeprefix("map_")
+    return _MAPPED.sub(r"\1", node.metadata.name)
 
 
 def mark(literal: Any) -> str:

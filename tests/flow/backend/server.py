@@ -24,6 +24,7 @@ class Backend:
 
     def __init__(self, folder: Path, variables: dict[str, str] | None = None):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.registry = Registry()
         self.files = Files(folder / "files")
         self.engine = Engine(self.registry, folder / "pods", variables or {})
