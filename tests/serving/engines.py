@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def engines(log: Path, **environment: str) -> Iterator[Engines]:
         try:
             yield Engines(process, answers)
         finally:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes of its engines
+            process.wait()
             assert process.stdin is not None
-            process.stdin.close()
-            process.wait(60)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
