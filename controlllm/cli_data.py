@@ -117,6 +117,9 @@ def explain(
     recipe: Recipe,
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option("--stage", help="Last stage to look at.")] = "report",
+    each: Annotated[
+        bool, typer.Option("--each", help="Each stage by itself, as if those before it gave what they gave last.")
+    ] = False,
 ) -> None:
     """Say of each stage of a run whether it comes from the cache, and if not, what changed. Nothing is computed.
 
@@ -125,12 +128,14 @@ def explain(
     Next: `controlllm finetune workflows/recipes/demo.yaml pack.context_length=512`
     """
     from controlllm.config import load_config
+    from controlllm.explain import every_stage
     from controlllm.explain import explain as lines
     from controlllm.pipeline import STAGES
 
     if stage not in STAGES:
         raise UserError(f"--stage: unknown stage '{stage}'; known: {', '.join(STAGES)}")
-    for line in lines(load_config(recipe, *(overrides or [])), until=stage):
+    config = load_config(recipe, *(overrides or []))
+    for line in [line for _, line in every_stage(config)] if each else lines(config, until=stage):
         print(line)
 
 
