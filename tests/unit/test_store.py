@@ -147,8 +147,8 @@ def _one_of_many(_):
 
 
 def test_many_at_once_build_once(store):
-    with multiprocessing.get_context("fork").Pool(6) as pool:
-        assert len(set(pool.map(_one_of_many, range(6)))) == 1
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        assert len(set(pool.map(_one_of_many, range(8)))) == 1
     assert (store / "prepare" / "builds").read_text() == "x"
 
 
