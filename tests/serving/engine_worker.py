@@ -73,7 +73,13 @@ def class_of(model: Any) -> str:
 
 
 def shapes_of(model: Any) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    """Of the parameters here; of linear maps what they say, because on a CPU vLLM packs their weights away."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    linear = {name: module for name, module in model.named_modules() if hasattr(module, "input_size_per_partition")}
+    return shapes | {
+        f"{name}.weight": [module.output_size_per_partition, module.input_size_per_partition]
+        for name, module in linear.items()
+    }
 
 
 def preempted(engine: Any, **generation: Any) -> Json:
