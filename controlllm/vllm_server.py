@@ -37,3 +37,7 @@ def die_with_the_caller() -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+elif __name__ == "__mp_main__":  # a process of the engine, where this package may be on the path but not installed
+    from controlllm.vllm_plugin import register
+
+    register()

