@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, signal, sys
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         try:
             train(how=how)
         except FlyteRecoverableException as error:
-            print(how, "recoverable", str(error).splitlines()[0], flush=True)
+            print(how, "recoverable", " ".join(str(error).split()), flush=True)
         except Exception as error:
             print(how, "final", type(error).__name__, flush=True)
 """
