@@ -28,7 +28,7 @@ class Answered:
     """Engine, model class, speed and memory."""
 
 
-def ask(server: Server, prompts: Sequence[Prompt], config: SmokeConfig) -> Answered:
+def ask(server: Server, prompts: Sequence[Prompt], config: SmokeConfig, *, tokenizer: Any) -> Answered:
     latency = _first_token(server, prompts)
     began = time.perf_counter()
     greedy = greedy_answers(server.ask("/v1/completions", _completion(prompts, config)))
@@ -37,7 +37,10 @@ def ask(server: Server, prompts: Sequence[Prompt], config: SmokeConfig) -> Answe
     answer, wrong = None, []
     if config.endpoint:
         place = next((n for n, prompt in enumerate(prompts) if prompt.message), 0)
-        answer, wrong = endpoint.ask(server, prompts[place], greedy[place], max_new_tokens=config.max_new_tokens)
+        text = tokenizer.decode(greedy[place].tokens, skip_special_tokens=True)
+        answer, wrong = endpoint.ask(
+            server, prompts[place], greedy[place], text=text, max_new_tokens=config.max_new_tokens
+        )
     made = sum(len(answer.tokens) for answer in greedy)
     speed = {"tokens": made, "tokens_per_second": round(made / seconds, 2), "first_token_seconds": round(latency, 4)}
     return Answered(greedy, templates, answer, wrong, _facts(server) | speed)

@@ -21,8 +21,10 @@ def check_client() -> None:
         )
 
 
-def ask(server: Server, prompt: Prompt, expected: Greedy, *, max_new_tokens: int) -> tuple[dict[str, Any], list[str]]:
-    """What was answered, and what of it is wrong. expected: of the same server, asked in tokens.
+def ask(
+    server: Server, prompt: Prompt, expected: Greedy, *, text: str, max_new_tokens: int
+) -> tuple[dict[str, Any], list[str]]:
+    """What was answered, and what of it is wrong. expected, and its text: of the same server, asked in tokens.
 
     A message is asked as a chat; a prompt of a model without a chat template as a text to go on with.
     """
@@ -40,7 +42,8 @@ def ask(server: Server, prompt: Prompt, expected: Greedy, *, max_new_tokens: int
             return {"error": str(error)[:300]}, [f"the openai client is refused: {str(error)[:300]}"]
     said = {name: whole[name] for name in ("text", "finish", "usage")}
     facts = {"models": names, "asked": "chat" if prompt.message else "completion", **said}
-    return facts, list(_wrong(names, whole, streamed, prompt, expected))
+    wrong = ["its answer is empty"] if text.strip() and not whole["text"].strip() else []
+    return facts, [*wrong, *_wrong(names, whole, streamed, prompt, expected)]
 
 
 def _ask(client: Any, prompt: Prompt, max_new_tokens: int, *, stream: bool) -> dict[str, Any]:
@@ -73,8 +76,6 @@ def _gathered(parts: list[Any]) -> dict[str, Any]:
 def _wrong(names: list[str], whole: dict[str, Any], streamed: dict[str, Any], prompt: Prompt, expected: Greedy) -> Any:
     if names != [NAME]:
         yield f"it names the models {names}, not {NAME}"
-    if not whole["text"].strip():
-        yield "its answer is empty"
     if whole["finish"] != expected.finish:
         yield f"finish_reason is {whole['finish']}, not {expected.finish}"
     if whole["tokens"] != expected.tokens:

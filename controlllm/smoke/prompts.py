@@ -27,7 +27,7 @@ def choose(tokenizer: Any, data: Path | None, *, count: int, longest: int | None
     """
     own = [_message(tokenizer, text) for text in own_prompts()[:count]]
     probes = [_rendered(tokenizer, text) for text in probe_prompts(data, count)] if data else []
-    both = [prompt for prompt in chain(*zip_longest(own, probes)) if prompt]
+    both = [prompt for prompt in chain(*zip_longest(own, probes)) if prompt and prompt.tokens]
     return [prompt for prompt in both if longest is None or len(prompt.tokens) <= longest][:count]
 
 

@@ -61,7 +61,7 @@ def smoke_test(folder: Path, *, model: Path, data: Path | None, config: SmokeCon
                 vllm.open()
             vllm.wait()
             parts["vLLM loads"] = time.perf_counter() - began - sum(parts.values())
-            answered = ask(vllm, prompts, config)
+            answered = ask(vllm, prompts, config, tokenizer=tokenizer)
             parts["vLLM answers"] = time.perf_counter() - began - sum(parts.values())
     summary = summarise(prompts, ours, answered, config, tokenizer=tokenizer, stop=stop_tokens(model, tokenizer))
     summary |= {"seconds": round(sum(parts.values()), 2), "parts": {k: round(v, 2) for k, v in parts.items()}}
