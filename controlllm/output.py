@@ -33,6 +33,15 @@ def read_lineage(path: Path) -> dict[str, Any]:
     return lineage
 
 
+def find_output(stage: str, content: str, *, near: Path) -> Path | None:
+    """The stage's output that holds this: in the store, or in the one that `near` lies in."""
+    for store in dict.fromkeys((store_root(), *near.resolve().parents)):
+        for folder in sorted((store / stage.replace(" ", "-")).glob("[!.]*")):
+            if (find_lineage(folder) or {}).get("content") == content:
+                return folder
+    return None
+
+
 def content_hash(path: Path) -> str:
     """What a folder holds, whatever its place and time: names, sizes and hashes of its files.
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from controlllm.chat.places import Adapter, Model, Place, Trained, read_json
+from controlllm.chat.places import Adapter, Model, Place, Trained
 from controlllm.control.settings import ControlSettings
+from controlllm.whole import read_object
 
 Json = dict[str, Any]
 PEFT_NAMES = {"PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}
@@ -17,10 +18,10 @@ def describe(place: Place) -> str:
             config = place.config
             family, method = config.get("base_model_type", config.get("model_type")), _method_of(config)
         case Trained(base=base):
-            family, method = read_json(base / "config.json").get("model_type"), _method_in_training(place)
+            family, method = read_object(base / "config.json").get("model_type"), _method_in_training(place)
         case Adapter(folder, base):
-            family = read_json(base / "config.json").get("model_type")
-            kind = str(read_json(folder / "adapter_config.json").get("peft_type"))
+            family = read_object(base / "config.json").get("model_type")
+            kind = str(read_object(folder / "adapter_config.json").get("peft_type"))
             method = f"{PEFT_NAMES.get(kind, kind)} on {_name(base)}"
     return f"{_name(place.folder)} · {family} · {method}"
 

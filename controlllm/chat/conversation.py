@@ -51,18 +51,6 @@ class Writer:
         text = plain_text(turns, base=base) + message
         return self._without_end(self.tokenizer(text)["input_ids"])
 
-    def end_of_turn(self) -> set[int]:
-        """The token that the template writes after an answer, which some models' files do not name as an end."""
-        if not self.has_template:
-            return set()
-        try:
-            rendered = self._template.render([_message("user", "a"), _message("assistant", "b")])
-        except UserError:  # a template that writes no such token, or tells no answer apart: the files' own ends stay
-            return set()
-        _, end = rendered.spans[-1]
-        last = self.tokenizer(rendered.text[:end], add_special_tokens=False)["input_ids"][-1:]
-        return set(last) & set(self.tokenizer.added_tokens_decoder)
-
     def _without_end(self, ids: list[int]) -> list[int]:
         """Some tokenizers end every text; it is to go on here."""
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controlllm.chat.places import Adapter, Model, Place, Trained, read_json
+from controlllm.chat.places import Adapter, Model, Place, Trained
 from controlllm.errors import UserError
+from controlllm.whole import check_whole, read_object
 
 Json = dict[str, Any]
 
@@ -46,7 +47,7 @@ def tokenizer_folder(place: Place) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """UserError where there is none, or one that is not the model's."""
-    rows = read_json(folder / "config.json").get("vocab_size")
+    rows = read_object(folder / "config.json").get("vocab_size")
     from transformers import AutoTokenizer
 
     with _in_one_line(folder, "tokenizer"):
@@ -65,21 +66,12 @@ def load_folder(folder: Path, *, dtype: str | None) -> Any:
     import controlllm
     from controlllm.tuned import load_tuned
 
-    control = read_json(folder / "config.json").get("control")
-    refuse_missing_weights(folder)
+    control = read_object(folder / "config.json").get("control")
+    check_whole(folder, {file.name: file for file in folder.iterdir() if file.is_file()})
     with _in_one_line(folder, "weights"):
         if control:
             return controlllm.load(folder, alpha_scale=control.get("alpha_scale", 1.0), dtype=dtype)
         return load_tuned(folder, dtype=dtype)
-
-
-def refuse_missing_weights(folder: Path) -> None:
-    """UserError where a file is missing that an index names, or there is none."""
-    from controlllm.train.weight_files import opened, weight_files
-
-    for file in weight_files(folder):
-        with opened(file):
-            pass
 
 
 def _load_trained(place: Trained) -> Any:
@@ -91,12 +83,11 @@ def _load_trained(place: Trained) -> Any:
     from controlllm.train.trained import load_trained
 
     kept = ModelConfig(name=str(place.base), dtype=place.dtype, attention="sdpa")  # type: ignore[arg-type]
-    refuse_missing_weights(place.base)
     with _in_one_line(place.base, "weights"):
         model = load_model(place.base, kept, place.method, seed=place.seed)
     try:
         if place.step is None:
-            load_trained(place.folder / "trained.safetensors", model)
+            load_trained(place.folder, model)
         else:
             read_tensors(place.folder, model)
     except UserError as error:
@@ -113,7 +104,7 @@ def _load_adapter(folder: Path, base: Any) -> Any:
     """Virtual tokens by our own code, other adapters merged by PEFT."""
     from controlllm.train.prompt_files import KINDS, load_prompt
 
-    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    kind = read_object(folder / "adapter_config.json").get("peft_type")
     if kind in KINDS:
         load_prompt(base, folder)
         return base

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from controlllm import vllm_process
 from controlllm.chat.engine import Engine
-from controlllm.chat.loading import load_folder, load_place, load_tokenizer, refuse_missing_weights, tokenizer_folder
-from controlllm.chat.places import Adapter, Model, Place, Trained, read_json, stored_model
+from controlllm.chat.loading import load_folder, load_place, tokenizer_folder
+from controlllm.chat.places import Adapter, Model, Place, Trained
 from controlllm.errors import UserError
+from controlllm.output import find_output
+from controlllm.servable import check_servable
 from controlllm.tuned import has_virtual_tokens
+from controlllm.whole import read_object
 
 BACKENDS = ("transformers", "vllm")
 
@@ -45,7 +48,7 @@ def open_base(place: Place, engine: Engine, wish: Wish, *, base: Path | None) ->
     if engine.holds_base:
         return engine
     folder = base or _base_of(place)
-    tuned, found = (read_json(one / "config.json") for one in (tokenizer_folder(place), folder))
+    tuned, found = (read_object(one / "config.json") for one in (tokenizer_folder(place), folder))
     if tuned.get("vocab_size") != found.get("vocab_size"):
         raise UserError(
             f"--base {folder}: vocab_size is {found.get('vocab_size')}, but {tuned.get('vocab_size')} in "
@@ -65,7 +68,7 @@ def _base_of(place: Place) -> Path:
         return place.base
     lineage = place.config.get("lineage") or {}
     content = lineage.get("base_content")
-    if content and (found := stored_model(content, near=place.folder)):
+    if content and (found := find_output("ingest model", content, near=place.folder)):
         return found
     named = f"; by its lineage that is {lineage['base_model']}" if lineage.get("base_model") else ""
     raise UserError(f"--compare: {place.folder} does not hold its base; give the base's folder with --base{named}")
@@ -91,10 +94,9 @@ def _gpus() -> int:
 def _open_vllm(folder: Path, wish: Wish) -> Engine:
     from controlllm.chat.vllm_client import VLLMEngine
 
-    refuse_missing_weights(folder)
-    load_tokenizer(folder)
+    check_servable(folder)
     gpus = _gpus()
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     # A stack is stored as a plain model, and vLLM has no dial for it.
     dial = config.get("control") if config.get("base_model_type") else None
     alpha = dial.get("alpha_scale", 1.0) if dial else None

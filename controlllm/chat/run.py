@@ -15,6 +15,7 @@ from controlllm.chat.places import Place, find_place
 from controlllm.chat.repl import Repl, Stopped
 from controlllm.chat.session import Session
 from controlllm.chat.settings import Sampling, checked_alpha
+from controlllm.consolidate.companions import end_of_turn
 from controlllm.errors import UserError
 from controlllm.progress import console
 from controlllm.tuned import stop_tokens
@@ -62,8 +63,8 @@ def _chat(
 ) -> None:
     with console.status("  the model is loaded"):
         engine = open_engine(place, wish)
-    stop = frozenset({*stop_tokens(tokenizer_folder(place), writer.tokenizer), *writer.end_of_turn()})
-    session = Session(engine, Conversation(writer, system), sampling, stop)
+    stop = {*stop_tokens(tokenizer_folder(place), writer.tokenizer), end_of_turn(writer.tokenizer)} - {None}
+    session = Session(engine, Conversation(writer, system), sampling, frozenset(stop))
     try:
         if alpha is not None:
             session.set_alpha(alpha)

@@ -8,9 +8,9 @@ from controlllm.config import Method
 from controlllm.consolidate.dcp import read_safetensors_dcp
 from controlllm.control.tensor_files import Source, read_header
 from controlllm.errors import UserError
+from controlllm.output import content_hash, find_lineage, find_output, store_root
 from controlllm.progress import console
 from controlllm.record import nested
-from controlllm.store import content_hash, find_lineage, store_root
 from controlllm.train.checkpoint_files import MANIFEST, Damaged, Manifest, step_name, step_numbers, verify
 
 TRAINED = "trained.safetensors"
@@ -41,9 +41,8 @@ class Run:
                 said = "is not the very folder that the run began with; what fits in name and shape is taken from it"
                 console.print(f"[yellow]![/] --base: {given} {said}")
             return given
-        for folder in sorted((store_root() / "ingest-model").glob("[!.]*")):
-            if (find_lineage(folder) or {}).get("content") == content:
-                return folder
+        if content and (found := find_output("ingest model", content, near=self.place)):
+            return found
         raise UserError(f"{self.place}: its base model is not in {store_root()}; name its folder with --base")
 
 

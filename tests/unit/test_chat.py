@@ -103,11 +103,6 @@ def test_without_a_template_the_text_goes_on(tokenizer):
     conversation = chat(plain)
     assert plain.decode(conversation.prompt(" four", context=None, max_new_tokens=1).ids) == "one1two22three333 four"
     assert not conversation.writer.has_template
-    assert conversation.writer.end_of_turn() == set()
-
-
-def test_the_template_says_what_ends_a_turn(tokenizer):
-    assert Writer(tokenizer).end_of_turn() == {1}
 
 
 def desk(tokenizer, **sampling):

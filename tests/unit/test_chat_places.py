@@ -58,8 +58,10 @@ def test_a_training_under_way_and_its_end(recipe, store, tmp_path, capsys):
     damaged = under_way / "checkpoints" / "step-00000004" / "manifest.json"
     damaged.write_text("{}")
     assert find_place(under_way, None).step == 2
-    assert "step-00000004 is passed over" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match=r"step-00000004: manifest.json was altered"):
+    assert "half a checkpoint; choose another, or copy it again: passed over" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    with pytest.raises(UserError, match=r"step-00000004: manifest.json was altered.*: half a checkpoint"):
         find_place(damaged.parent, None)
     base = open_base(place, open_engine(find_place(kept, None), Wish()), Wish(), base=None)
     assert base.holds_base
@@ -190,13 +192,13 @@ def broken_config(folder):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (without("model.safetensors"), "has neither model.safetensors nor"),
+    (without("model.safetensors"), "has no weights (*.safetensors)"),
     (without_tensor, "tensor 'model.layers.1.mlp.up_proj.weight' is missing"),
-    (cut, "model.safetensors: cannot be read"),
-    (with_index, "model-00002-of-00002.safetensors: cannot be read"),
+    (cut, "model.safetensors: no whole safetensors file"),
+    (with_index, "model-00002-of-00002.safetensors: is missing, which model.safetensors.index.json names"),
     (without_tokenizer, "its tokenizer cannot be loaded"),
     (another_tokenizer, "its tokenizer has 267 tokens and the model 258 embeddings: it is another model's"),
-    (broken_config, "config.json: cannot be read"),
+    (broken_config, "config.json: not valid JSON"),
     (without("config.json"), "is no checkpoint; give a model's folder"),
 ])  # fmt: skip
 def test_half_a_checkpoint_is_one_line(change, says, tokenizer, tmp_path, capsys):
@@ -249,10 +251,10 @@ def test_another_base_is_said(recipe, store, tmp_path, tokenizer, capsys):
     kept, _ = trained_run(recipe, tmp_path)
     other = saved(talker(tie_word_embeddings=True), tokenizer, tmp_path / "other")
     assert main(["chat", str(kept), "--base", str(other), "--prompt", "x", "--max-new-tokens", "2"]) == 0
-    assert "is not, file by file, the base that step-00000004 was trained from" in capsys.readouterr().err
+    assert "is not the very folder that the run began with" in capsys.readouterr().err
     wrong = saved(talker(hidden_size=32, tie_word_embeddings=True), tokenizer, tmp_path / "wrong")
     assert main(["chat", str(kept), "--base", str(wrong), "--prompt", "x"]) == 1
     assert "does not fit the base" in capsys.readouterr().err.splitlines()[-1]
     shutil.rmtree(store / "ingest-model")
     assert main(["chat", str(kept), "--prompt", "x"]) == 1
-    assert "is not in the store; give it with --base" in capsys.readouterr().err.splitlines()[-1]
+    assert "name its folder with --base" in capsys.readouterr().err.splitlines()[-1]
