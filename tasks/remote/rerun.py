@@ -6,6 +6,7 @@ from typing import Any
 from flytekit.models.core.identifier import WorkflowExecutionIdentifier
 from flytekit.remote import FlyteRemote
 
+from controlllm.config import RunConfig
 from controlllm.errors import UserError
 from tasks.remote.diff import plain
 from tasks.remote.facts import Run, identity_of, run_of
@@ -37,12 +38,11 @@ def start(
 ) -> str:
     """A run of a launch plan, its newest version unless one is named; its own recipe where none is given."""
     from controlllm.config import load_config
-    from tasks.artifacts import Recipe
 
     plan = remote.fetch_launch_plan(name=name, version=version)  # type: ignore[arg-type] - None is the newest
     inputs: dict[str, Any] = {"checkpoint": checkpoint} if checkpoint else {}
     if recipe is not None:
-        inputs["config"] = Recipe.model_validate(load_config(recipe, *overrides).model_dump())
+        inputs["config"] = _literal(load_config(recipe, *overrides))
     assert plan.interface is not None
     if unknown := sorted(set(inputs) - set(plan.interface.inputs)):
         raise UserError(f"{name}: takes no {unknown[0]}; its inputs are {', '.join(plan.interface.inputs)}")
@@ -106,7 +106,6 @@ def _config(remote: FlyteRemote, run: Run, overrides: Sequence[str]) -> Any:
     """The run's recipe as it ran, with the time in its name if a schedule gave it one; UserError for a wrong change."""
     from controlllm.config import validate
     from controlllm.recipe import Source, apply
-    from tasks.artifacts import Recipe
 
     dated = next((each for each in run.stages if each.name == "for_tick" and each.outputs), None)
     literals = remote.client.get_execution_data(identity_of(remote, run.id)).full_inputs.literals
@@ -114,4 +113,17 @@ def _config(remote: FlyteRemote, run: Run, overrides: Sequence[str]) -> Any:
     if literal is None:
         raise UserError(f"{run.id}: is no run of a recipe; use --relaunch")
     tree, source = apply(plain(literal), Source(file=f"the recipe of {run.id}"), *overrides)
-    return Recipe.model_validate(validate(tree, source).model_dump())
+    return _literal(validate(tree, source))
+
+
+def _literal(config: RunConfig) -> Any:
+    """As Flyte has it; of a message it cannot tell the type by itself."""
+    from flytekit import FlyteContextManager
+    from flytekit.core.type_engine import TypeEngine
+
+    from tasks.artifacts import Recipe
+
+    recipe = Recipe.model_validate(config.model_dump())
+    return TypeEngine.to_literal(
+        FlyteContextManager.current_context(), recipe, Recipe, TypeEngine.to_literal_type(Recipe)
+    )

@@ -6,7 +6,6 @@ import json
 from datetime import UTC, datetime
 
 import pytest
-import yaml
 from backend import Backend
 from backend.engine import wait_for
 from conftest import RECIPE
@@ -28,9 +27,9 @@ def place(tmp_path_factory, tiny_base):
         "volumes": [{"name": "shared", "mount": str(folder), "claim": "shared"}],
         "launch": {"notify": {"email": [ADDRESS], "on": ["failed"]}},
         **dict.fromkeys(("light", "data", "serve"), POD),
-        "train": POD | {"nodes": 1, "processes_per_node": 1, "gpus_per_process": 0},
+        "train": POD | {"nodes": 1, "processes_per_node": 1, "gpus_per_process": 0, "queue": {"name": "gpus"}},
     }
-    (folder / "shared.yaml").write_text(yaml.safe_dump(profile))
+    (folder / "shared.yaml").write_text(json.dumps(profile))
     return folder
 
 
@@ -87,6 +86,7 @@ def test_launch_plans_are_as_profile_and_recipe_say(backend):
     for plan in named:
         assert plan.concurrency_policy.max == 1
         assert plan.concurrency_policy.behavior == 1  # skip
+        assert plan.labels.values == {"kueue.x-k8s.io/queue-name": "gpus"}
         (notification,) = plan.entity_metadata.notifications
         assert list(notification.email.recipients_email) == [ADDRESS]
     assert {f"stage-{stage}" for stage in ("ingest", "prepare", "train", "consolidate", "report")} <= set(plans)

@@ -30,7 +30,7 @@ def volume(tmp_path_factory, tiny_base):
         **dict.fromkeys(("light", "data", "serve"), POD),
         "train": POD | {"nodes": 2, "processes_per_node": 1, "gpus_per_process": 0, "retries": 2},
     }
-    (folder / "two.yaml").write_text(yaml.safe_dump(profile))
+    (folder / "two.yaml").write_text(json.dumps(profile))
     return folder
 
 

@@ -18,6 +18,13 @@ from backend.files import DataProxy, Files
 from backend.records import ExecutionRecord
 from backend.registry import Refused, Registry, identifier
 
+PATIENT = [
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+]
+"""Of a server: flytekit asks every 30 s whether it is still there, which gRPC by itself takes for an attack."""
+
 
 class Backend:
     """variables: of every pod, over its own."""
@@ -29,7 +36,7 @@ class Backend:
         self.files = Files(folder / "files")
         self.engine = Engine(self.registry, folder / "pods", variables or {})
         self.admin = Admin(self.registry, self.engine)
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=PATIENT)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self.admin, self._server)
         signal_pb2_grpc.add_SignalServiceServicer_to_server(Signals(self.engine), self._server)
         dataproxy_pb2_grpc.add_DataProxyServiceServicer_to_server(DataProxy(self.files), self._server)
