@@ -62,6 +62,12 @@ class _Storage:
     numel: int
 
 
+class _Dict(dict[Any, Any]):
+    """Whose attributes do not count, such as the versions that torch hangs on a state dict."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 def read_pickle(file: Path) -> Any:
     """UserError where it is no pickle, or asks for what no checkpoint holds."""
     if file.stat().st_size > LARGEST_PICKLE:
@@ -148,12 +154,22 @@ def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_rest: Any)
     return StoredTensor(storage.file, NAMES[storage.dtype], shape, storage.start + offset * storage.dtype.itemsize)
 
 
+def _of_type(make: Any, kind: Any, args: Any, *_state: Any) -> Any:
+    """A tensor with attributes, which do not count."""
+    return make(*args) if make is _tensor or make is _parameter else Record(kind)
+
+
+def _parameter(data: Any, *_rest: Any) -> Any:
+    return data
+
+
 _MAKERS: dict[str, Any] = {
+    "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_rest: data,
+    "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": tuple,
     "_codecs.encode": lambda text, _encoding: text.encode("latin1"),  # bytes, in older protocols
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": _Dict,
     "collections.defaultdict": lambda *_factory: {},
 }
 

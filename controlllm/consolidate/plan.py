@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from controlllm.config import Method, ModelConfig
 from controlllm.config.export import ExportConfig
 from controlllm.consolidate.tensors import NAMES, Blended, Cast, Held, is_number, read
@@ -72,7 +75,7 @@ def fill_interpolations(model: Any, tensors: Sources) -> None:
     """Give the interpolations of a model without weights their values."""
     for name, parameter in model.named_parameters():
         if ".interpolation." in name and name in tensors:
-            parameter.data = read(tensors[name])
+            torch.utils.swap_tensors(parameter, nn.Parameter(read(tensors[name]), parameter.requires_grad))
 
 
 def untied(model: Any) -> dict[str, Any]:
