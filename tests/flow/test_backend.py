@@ -86,6 +86,7 @@ def test_a_gate_waits_for_an_answer_and_items_of_a_map_are_cached_one_by_one(bac
     assert [each.cache_status for each in items] == [CACHE.CACHE_HIT, CACHE.CACHE_POPULATED]
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_ships_its_code(backend, tmp_path):
     done = pyflyte(
         backend,
