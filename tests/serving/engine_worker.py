@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ def main(descriptor: int) -> None:
             try:
                 answer: Any = run(json.loads(line))
             except Exception as error:  # noqa: BLE001 - the test asks what was said
+                traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
             gc.collect()
             answers.write(json.dumps(answer) + "\n")
