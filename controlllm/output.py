@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,22 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
 def content_of_files(files: dict[str, dict[str, Any]]) -> str:
     """One hash of names, sizes and hashes."""
     return digest(json.dumps([[name, stamp["size"], stamp["hash"]] for name, stamp in sorted(files.items())]))
+
+
+def ancestors_of(parents: Mapping[str, Path]) -> dict[str, Any]:
+    """Lineages by `stage/key`, so that an output can be followed to its roots wherever it is copied.
+
+    A benchmark stands for its tasks.
+    """
+    found: dict[str, Any] = {}
+    for path in parents.values():
+        lineage = find_lineage(path)
+        if lineage and lineage["stage"] != "benchmark task":
+            found |= lineage.get("ancestors", {})
+            found[f"{lineage['stage']}/{lineage['key']}"] = without(lineage, "files", "ancestors")
+    return found
+
+
+def without(lineage: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """All but these of its values."""
+    return {name: value for name, value in lineage.items() if name not in names}

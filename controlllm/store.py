@@ -25,6 +25,7 @@ from controlllm.fingerprint import LIBRARIES, code_hashes, content_of, sync, ver
 from controlllm.origin import origin
 from controlllm.output import (
     LINEAGE,
+    ancestors_of,
     content_hash,
     content_of_files,
     files_of,
@@ -32,6 +33,7 @@ from controlllm.output import (
     read_lineage,
     store_root,
     unchanged,
+    without,
 )
 from controlllm.private import public
 from controlllm.progress import console, duration, is_first_process
@@ -201,7 +203,7 @@ def _describe(
         "made by": origin(),
         "inputs": public(inputs),
         "parents": {name: _parent(path) for name, path in parents.items()},
-        "ancestors": _ancestors(parents),
+        "ancestors": ancestors_of(parents),
         "files": files,
     }
 
@@ -209,24 +211,6 @@ def _describe(
 def _parent(path: Path) -> dict[str, Any]:
     lineage = find_lineage(path) or {"stage": "a folder from outside", "key": path.name, "content": content_hash(path)}
     return {name: lineage[name] for name in ("stage", "key", "content")}
-
-
-def _ancestors(parents: Mapping[str, Path]) -> dict[str, Any]:
-    """Lineages by `stage/key`, so that an output can be followed to its roots wherever it is copied.
-
-    A benchmark stands for its tasks.
-    """
-    found: dict[str, Any] = {}
-    for path in parents.values():
-        lineage = find_lineage(path)
-        if lineage and lineage["stage"] != "benchmark task":
-            found |= lineage.get("ancestors", {})
-            found[f"{lineage['stage']}/{lineage['key']}"] = without(lineage, "files", "ancestors")
-    return found
-
-
-def without(lineage: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in lineage.items() if name not in names}
 
 
 def _publish(partial: Path, final: Path, lineage: dict[str, Any]) -> None:
