@@ -29,10 +29,19 @@ from tasks.schedule import for_tick
 from tasks.smoke import smoke
 from tasks.train import train
 from workflows.assess import assess, smoke_test
-from workflows.finetune import Finetuned, finetune, pipeline
+from workflows.finetune import (
+    Finetuned,
+    finetune,
+    from_benchmark,
+    from_consolidate,
+    from_prepare,
+    from_train,
+    pipeline,
+)
 
 RECIPE = "CONTROLLLM_RECIPE"
 STAGES = (ingest, prepare, train, consolidate, benchmark, smoke, dial, probe, report, promote)
+STARTS = {"prepare": from_prepare, "train": from_train, "consolidate": from_consolidate, "benchmark": from_benchmark}
 PHASES = {
     "succeeded": WorkflowExecutionPhase.SUCCEEDED,
     "failed": WorkflowExecutionPhase.FAILED,
@@ -84,6 +93,7 @@ def _recipe() -> dict[str, Any]:
 
 on_demand = plan("finetune-on-demand", finetune, default_inputs=_recipe())
 smoke_plan = plan("smoke", smoke_test, default_inputs=_recipe())
+from_stage = {name: plan(f"finetune-from-{name}", flow) for name, flow in STARTS.items()}
 alone_by_stage = {stage.name.rpartition(".")[2]: alone(stage) for stage in STAGES}
 by_stage = {name: plan(f"stage-{name}", flow) for name, flow in alone_by_stage.items()}
 

@@ -17,7 +17,7 @@ STARTS: dict[str, tuple[str, ...]] = {
     "consolidate": ("base", "data", "shards", "trained"),
     "benchmark": ("base", "data", "shards", "trained", "model"),
 }
-"""The stages that a run can begin with, and what it takes over: inputs of `workflows.finetune.from_STAGE`."""
+"""The stages that a run can begin with, and what it takes over: inputs of `finetune-from-STAGE`."""
 MADE_BY = {
     "base": ("ingest", "base"),
     "data": ("ingest", "data"),
@@ -80,7 +80,7 @@ def rerun_from(
         )
     inputs: dict[str, Any] = {each: literals[each] for each in STARTS[stage]}
     inputs["config"] = _config(remote, run, overrides)
-    plan = remote.fetch_launch_plan(name=f"workflows.finetune.from_{stage}", version=version or run.version)
+    plan = remote.fetch_launch_plan(name=f"finetune-from-{stage}", version=version or run.version)
     return remote.execute(plan, inputs=inputs, overwrite_cache=again or None).id.name
 
 

@@ -82,7 +82,7 @@ def test_launch_plans_are_as_profile_and_recipe_say(backend):
     assert "config" in nightly.fixed_inputs.literals
     assert "config" in plans["finetune-on-demand"].default_inputs.parameters
     named = [plan for name, plan in plans.items() if not name.startswith("workflows.")]
-    assert len(named) == 14
+    assert len(named) == 18
     for plan in named:
         assert plan.concurrency_policy.max == 1
         assert plan.concurrency_policy.behavior == 1  # skip
