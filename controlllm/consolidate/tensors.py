@@ -149,7 +149,7 @@ def pieces(source: Source) -> Iterator[Tensor]:
     dtype = DTYPES[source.dtype]
     wanted, kept = PIECE * dtype.itemsize, bytearray()
     for block in source.blocks():
-        kept += block
+        kept += memoryview(block)
         while len(kept) >= wanted:
             yield torch.frombuffer(kept[:wanted], dtype=dtype)
             del kept[:wanted]
