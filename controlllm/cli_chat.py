@@ -56,15 +56,19 @@ def chat(
         raise UserError(f"--dtype: '{dtype}' is none of float32, bfloat16, float16")
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     from controlllm.chat.opening import Wish
+    from controlllm.chat.repl import Stopped
     from controlllm.chat.run import chat as talk
 
-    talk(
-        checkpoint,
-        sampling=sampling,
-        wish=Wish(backend, dtype),
-        system=system,
-        alpha=alpha,
-        compare=compare,
-        base=None if base is None else Path(base),
-        prompt=prompt,
-    )
+    try:
+        talk(
+            checkpoint,
+            sampling=sampling,
+            wish=Wish(backend, dtype),
+            system=system,
+            alpha=alpha,
+            compare=compare,
+            base=None if base is None else Path(base),
+            prompt=prompt,
+        )
+    except KeyboardInterrupt:
+        raise Stopped("stopped by Ctrl-C") from None

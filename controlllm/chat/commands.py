@@ -110,10 +110,9 @@ def _stats(desk: Desk, argument: str) -> None:
         used = reply.prompt + reply.tokens
         of = f" of {context:,}" if context else ""
         name = f"{reply.name}: " if len(session.last) > 1 else ""
-        desk.say(
-            f"{name}{reply.tokens:,} tokens{rate}{first} · context {used:,}{of} "
-            f"({reply.answer.reused:,} of {reply.prompt:,} not computed again)"
-        )
+        tokens = "1 token" if reply.tokens == 1 else f"{reply.tokens:,} tokens"
+        reused = f"{reply.answer.reused:,} of {reply.prompt:,} prompt tokens kept from before"
+        desk.say(f"{name}{tokens}{rate}{first} · context {used:,}{of} · {reused}")
 
 
 def _set(desk: Desk, argument: str) -> None:

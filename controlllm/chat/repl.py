@@ -13,6 +13,7 @@ from controlllm.chat.session import Session
 from controlllm.chat.showing import write, write_beside
 from controlllm.chat.typed import PROMPT, History, history_file, read_message
 from controlllm.errors import UserError
+from controlllm.progress import console
 
 Open = Callable[[], Engine]
 """Gives the engine that answers as the base; UserError where there is none."""
@@ -37,7 +38,8 @@ class Repl:
     def compare(self, wanted: bool) -> None:
         """The base's engine is opened once, and kept."""
         if wanted and self._base is None:
-            self._base = self.open_base()
+            with console.status("  the base is loaded"):
+                self._base = self.open_base()
         self.session.base = self._base if wanted else None
 
     def talk(self) -> None:
@@ -45,6 +47,7 @@ class Repl:
         history = History(history_file())
         desk = Desk(self.session, self.compare, self._say, self.answer)
         while True:
+            self.console.print()
             try:
                 message = read_message(self._line)
                 self._take(message, desk)
@@ -77,6 +80,11 @@ class Repl:
         else:
             write(replies[0], self.console)
         self.session.keep(message, replies)
+
+    def close(self) -> None:
+        self.session.engine.close()
+        if self._base not in (None, self.session.engine):
+            self._base.close()
 
     def _take(self, message: str, desk: Desk) -> None:
         if not message.strip():

@@ -1,6 +1,7 @@
 """`controlllm chat`: a checkpoint is opened, and talked to."""
 
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -44,32 +45,15 @@ def chat(
     writer = Writer(load_tokenizer(tokenizer_folder(place)))
     if system and not writer.has_template:
         raise UserError("--system: the tokenizer has no chat template, so no place for a system message; leave it out")
-    try:
-        _chat(place, writer, sampling, wish, system, alpha, compare, base, prompt)
-    except KeyboardInterrupt:
-        raise Stopped("stopped by Ctrl-C") from None
-
-
-def _chat(
-    place: Place,
-    writer: Writer,
-    sampling: Sampling,
-    wish: Wish,
-    system: str | None,
-    alpha: float | None,
-    compare: bool,
-    base: Path | None,
-    prompt: str | None,
-) -> None:
     with console.status("  the model is loaded"):
         engine = open_engine(place, wish)
     stop = {*stop_tokens(tokenizer_folder(place), writer.tokenizer), end_of_turn(writer.tokenizer)} - {None}
     session = Session(engine, Conversation(writer, system), sampling, frozenset(stop))
-    try:
+    repl = Repl(session, partial(open_base, place, engine, wish, base=base), Console(highlight=False))
+    talking = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    with closing(repl):
         if alpha is not None:
             session.set_alpha(alpha)
-        talking = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
-        repl = Repl(session, partial(open_base, place, engine, wish, base=base), Console(highlight=False))
         repl.compare(compare)
         _say(place, engine, writer, talking=talking)
         if talking:
@@ -78,8 +62,6 @@ def _chat(
             _once(repl, prompt)
         else:
             repl.read(sys.stdin)
-    finally:
-        session.close()
 
 
 def _once(repl: Repl, prompt: str) -> None:

@@ -121,10 +121,6 @@ class Session:
             raise UserError("/retry: nothing was asked yet")
         return self.conversation.turns.pop().message
 
-    def close(self) -> None:
-        for engine in {id(one): one for one in (self.engine, self.base) if one}.values():
-            engine.close()
-
     def _reply(self, engine: Engine, message: str, seed: int, *, base: bool) -> Reply:
         prompt = self.conversation.prompt(
             message, context=engine.context, max_new_tokens=self.sampling.max_new_tokens, base=base

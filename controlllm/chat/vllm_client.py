@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 from controlllm import vllm_process
 from controlllm.chat.engine import Request
 from controlllm.errors import UserError
-from controlllm.progress import console
 from controlllm.vllm_engine import ENVIRONMENT
 from controlllm.vllm_process import cause_of, keep_log
 
@@ -43,8 +42,7 @@ class VLLMEngine:
         self._said: queue.Queue[Line | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         try:
-            with console.status("  vLLM starts"):
-                ready = self._next(START_SECONDS)
+            ready = self._next(START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -54,6 +52,8 @@ class VLLMEngine:
         self.about = f"{ready['dtype']} on {'cuda' if gpus else 'cpu'}, vLLM {ready['version']} ({ready['class']})"
 
     def answer(self, request: Request) -> "VLLMAnswer":
+        if self._process.poll() is not None:
+            raise UserError("vLLM has ended; start the chat again")
         return VLLMAnswer(self, request, next(self._numbers))
 
     def set_alpha(self, alpha: float) -> None:

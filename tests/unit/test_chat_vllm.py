@@ -27,7 +27,7 @@ IDS = [5, 77, 130, 9, 200, 41, 18]
 
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 @pytest.mark.parametrize("layout", ["concat", "hybrid"])
