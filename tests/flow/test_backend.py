@@ -69,6 +69,7 @@ def failed_id(remote, name):
     return WorkflowExecutionIdentifier(remote.default_project, remote.default_domain, name)
 
 
+@pytest.mark.slow
 def test_a_gate_waits_for_an_answer_and_items_of_a_map_are_cached_one_by_one(backend, remote, tmp_path):
     from backend.records import CACHE
 

@@ -85,11 +85,11 @@ def test_a_lost_node_is_tried_again_and_training_goes_on(backend, volume, inputs
 def test_a_mistake_is_not_tried_again(backend, inputs):
     from tasks.train import train
 
-    wrong = inputs["config"].model_copy(update={"global_batch_size": 3})  # not a multiple of two processes
-    record = backend.wait(launch(backend, "stage-train", train, **inputs | {"config": wrong}), seconds=900)
+    wrong = inputs["model"].model_copy(update={"attention": "flex_attention"})  # has no backward pass on a CPU
+    record = backend.wait(launch(backend, "stage-train", train, **inputs | {"model": wrong}), seconds=900)
     (node,) = record.nodes.values()
     assert len(node.tasks) == 1
-    assert "global_batch_size" in record.message.closure.error.message
+    assert "model.attention flex_attention" in record.message.closure.error.message
 
 
 def _steps(volume) -> list[Path]:
