@@ -47,6 +47,9 @@ class Results:
     def read(cls, folder: Path) -> "Results":
         return cls(json.loads(file.read_text()) for file in sorted(folder.glob("*.json")))
 
+    def of_seed(self, seed: int) -> "Results":
+        return Results(run for run in self.runs if run["seed"] == seed)
+
     def names(self, methods: Sequence[str]) -> list[str]:
         """Of the curves: the methods that were run, each with its dial where there is one."""
         found = []

@@ -41,8 +41,7 @@ def worth_more(experiment: Experiment, results: Path) -> dict[str, list[str]]:
 
     A rate that was best nowhere would change no curve by more than chance; with it, three seeds take twice as long.
     """
-    found, levels = Results.read(results), experiment.levels
-    first = Results(run for run in found.runs if run["seed"] == experiment.first_seed)
+    first, levels = Results.read(results).of_seed(experiment.first_seed), experiment.levels
     ranked = sorted(first.names(experiment.tuning), key=lambda name: first.score(name, levels))
     best = list(dict.fromkeys(name.removesuffix(DIAL) for name in ranked))[: experiment.finalists]
     return {method: first.deciding(method, levels) for method in (*experiment.methods, *best)}

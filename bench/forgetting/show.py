@@ -40,8 +40,14 @@ def markdown(results: Results, experiment: Experiment, levels: Sequence[float]) 
     parts += [grid(results, methods, measure, levels) for measure in TITLES]
     parts += never(results, methods, levels)
     if tried := results.names(experiment.tuning):
-        ranked = sorted({*tried, *results.names(["concat-lerp-mse"])}, key=lambda name: results.score(name, levels))
-        parts += ["Settings of Control LLM, the best first:", grid(results, ranked, "kl", levels)]
+        first = results.of_seed(experiment.first_seed)
+        ranked = sorted(
+            {*tried, *results.names(["concat-lerp-mse"])}, key=lambda name: (first.score(name, levels), name)
+        )
+        parts += [
+            "Settings of Control LLM, by the first seed, the best first:",
+            grid(results, ranked, "kl", levels),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
