@@ -11,7 +11,8 @@ from controlllm.card import card_of
 from controlllm.errors import UserError
 from controlllm.progress import console
 from controlllm.record import Record, open_record
-from controlllm.shareable import INDEX, File, check_text, shared_files
+from controlllm.shareable import File, check_text, shared_files
+from controlllm.whole import INDEX
 
 CARD_LINES = 40
 CARD = "README.md"
