@@ -123,7 +123,7 @@ SETTINGS = {
     "benchmark.dtype=bfloat16": {"benchmark", "dial"},
     "probe.prompts=[one]": {"probe"},
     "report.dial=[0.25]": {"dial"},
-    "benchmark.margin=3.0": set(),
+    "benchmark.margin=3.0": {"dial"},
 }
 
 
@@ -299,8 +299,8 @@ MEANS = {
     "output=elsewhere": set(),
     "train.micro_batch_size=2": {"report"},
     "train.checkpoint.every=7": {"report"},
-    "train.activation_checkpointing=true": {"report"},
-    "train.guards.hang_seconds=900": {"report"},
+    "train.activation_checkpointing=full": {"report"},
+    "train.guards.hang_seconds=800": {"report"},
     "train.metrics.trackers=[tensorboard]": {"report"},
     "benchmark.batch_size=3": {"report"},
     "mix.datasets.0.weight=null": set(),
