@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_dcp
+import torch.distributed.checkpoint.state_dict_saver as torch_dcp
 from killed_runs import Kill, inputs_of, pack, same_to_the_bit, train, trained
 from ranks import PRELOADED
 from transformers import AutoModelForCausalLM

@@ -130,7 +130,7 @@ def test_folded(tiny_base, tmp_path, store, method, alpha):
 def test_what_depends_on_the_token_is_measured(tiny_base, tmp_path, store):
     folder, model = deliver(tiny_base, tmp_path, export={"form": "folded"}, **METHODS["concat"])
     documents = read_documents(None, AutoTokenizer.from_pretrained(tiny_base))[0::2]
-    want = measure_alphas(model, (inputs for _, inputs in batches(documents, "cpu", lambda _done, note="": None)))
+    want = measure_alphas(model, (inputs for _, inputs in batches(documents, "cpu", lambda done, note="": None)))
     values = json.loads((folder / "config.json").read_text())["lineage"]["folded"][0]["alphas"]
     assert values == {str(site): pytest.approx(alpha) for site, alpha in want.items()}
 
@@ -175,5 +175,5 @@ def test_shards_hold_what_they_may():
             self.size, self.dtype = size, "F32"
 
     sizes = {"a": 3, "b": 3, "c": 9, "d": 1, "e": 5}
-    found = writing.split({name: Sized(size) for name, size in sizes.items()}, 6)
+    found = writing.split({name: Sized(size) for name, size in sizes.items()}, 6)  # type: ignore[arg-type]
     assert [list(shard) for shard in found] == [["a", "b"], ["c"], ["d", "e"]]

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_dcp
+import torch.distributed.checkpoint.state_dict_saver as torch_dcp
 from delivering import loaded, perturbed
 from prior_checkpoints import prior_checkpoint
 from safetensors.torch import load_file
