@@ -104,7 +104,7 @@ def test_what_vllm_refuses_is_one_line(tokenizer, tmp_path, capsys):
     assert "--backend transformers needs no vLLM; its log is " in line
 
 
-def test_a_folder_that_is_no_training_is_refused_before_it_starts(tokenizer, tmp_path, monkeypatch):
+def test_where_vllm_is_not_installed_that_is_said_first(tokenizer, tmp_path, monkeypatch):
     folder = saved(talker(), tokenizer, tmp_path / "model")
     monkeypatch.delenv("CONTROLLLM_VLLM_PYTHON", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
