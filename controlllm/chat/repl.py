@@ -83,7 +83,7 @@ class Repl:
 
     def close(self) -> None:
         self.session.engine.close()
-        if self._base not in (None, self.session.engine):
+        if self._base is not None and self._base is not self.session.engine:
             self._base.close()
 
     def _take(self, message: str, desk: Desk) -> None:
