@@ -169,6 +169,7 @@ def _native_class(name: str) -> type:
             settings = _settings(config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             _expand(self.model, settings, vllm_config, prefix=f"{prefix}.model".lstrip("."))
+            self.model.do_not_compile |= _compiles_whole(vllm_config.compilation_config)
             self.expected = None if getattr(config, "quantization_config", None) else _tensor_names(config)
 
         def load_weights(self, weights: Weights) -> set[str]:
@@ -181,6 +182,13 @@ def _native_class(name: str) -> type:
 
     ControlNative.__name__ = ControlNative.__qualname__ = name
     return ControlNative
+
+
+def _compiles_whole(compilation: Any) -> bool:
+    """As vLLM does on a CPU, where Inductor ends with a cycle for some layouts; on GPUs graphs end at attentions."""
+    from vllm.config import CompilationMode
+
+    return compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE and compilation.backend == "inductor"
 
 
 def _has_native_layers(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Expanded models in vLLM over several processes, compiled, and as anybody starts it; each in a process of its own."""
+"""Expanded models in vLLM over several processes, as graphs, and as anybody starts it; each in a process of its own."""
 
 import importlib.util
 import json
@@ -30,19 +30,19 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":  # the engine's process imports this
-    engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 27,
-                 block_size=32, skip_tokenizer_init=True)
+    engine = LLM(sys.argv[1], dtype="float32", max_model_len=128, kv_cache_memory_bytes=1 << 27, block_size=32,
+                 skip_tokenizer_init=True)
     sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": p} for p in json.loads(sys.argv[2])], sampling, use_tqdm=False)
     print("tokens", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
-def _checked(folder: Path, **engine: Any) -> dict[str, Any]:
+def _checked(folder: Path, *, environment: dict[str, str] | None = None, **engine: Any) -> dict[str, Any]:
     """The facts, after tokens at two values of the dial were those of transformers."""
     model = trained("Llama", **SETTINGS)
     model.save_pretrained(folder / "model")
-    with engines(folder / "vllm.log", VLLM_ALLOW_INSECURE_SERIALIZATION="1") as ask:
+    with engines(folder / "vllm.log", VLLM_ALLOW_INSECURE_SERIALIZATION="1", **environment or {}) as ask:
         whole, facts, _, half = ask(folder / "model", *STEPS, **engine)
     assert [only for (only,) in whole] == expected(model, PROMPTS)
     assert [only for (only,) in half] == expected(trained("Llama", **SETTINGS, alpha_scale=0.5), PROMPTS)
@@ -59,21 +59,15 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     assert first["model.layers.2.interpolation.map_delta"] == [64, 64]
 
 
-def test_pipeline_parallel(tmp_path: Path) -> None:
-    facts = _checked(tmp_path, pipeline_parallel_size=2, distributed_executor_backend="mp")
-    first, second = facts["shapes"]
-    assert "model.layers.2.interpolation.map_delta" in first.keys() - second.keys()  # the last layer of its stage
-    assert "model.layers.5.interpolation.map_delta" in second.keys() - first.keys()
-
-
-def test_compiled(tmp_path: Path) -> None:
-    _checked(tmp_path, enforce_eager=False)
+def test_traced(tmp_path: Path) -> None:
+    """The whole decoder is one graph, and the dial turns in it; Inductor is left out."""
+    _checked(tmp_path, enforce_eager=False, environment={"VLLM_CPU_CI_ENV": "1"})
 
 
 @pytest.mark.parametrize("apart", ["0", "1"], ids=["one process", "engine apart"])
 def test_as_anybody_starts_it(apart: str, tmp_path: Path) -> None:
-    """Nothing of ours is imported: the entry point makes the checkpoint known in every process."""
-    model = trained("Qwen3", sites=[1, 3])
+    """Nothing of ours is imported: the entry point makes the checkpoint known in every process. Nor is it eager."""
+    model = trained("Qwen3", **SETTINGS)
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
