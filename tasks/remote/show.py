@@ -37,7 +37,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 def print_run(run: Run) -> None:
     """Its stages, what was wrong, and where to look."""
     title = Text.assemble(
-        (run.id, "bold"), f"  {run.plan} {run.version}  ", _state(run.state), f"  {_took(run.seconds)}, {run.mode}"
+        (run.id, "bold"), f"  {run.plan} {run.version}  ", _state(run.state), f"  {_took(run.seconds)} {run.mode}"
     )
     table = Table("stage", "state", "cache", "took", "tries", "node", show_edge=False)
     for stage in run.stages:
