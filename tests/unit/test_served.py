@@ -152,16 +152,18 @@ def _ours() -> list[int]:
 
 def _environment_of(folder: Path, *wanted: str) -> Path:
     """A folder with these distributions of this environment and what they require, and nothing else."""
-    found, todo = set(), list(wanted)
+    found: dict[str, set[str]] = {}
+    todo = [Requirement(text) for text in wanted]
     while todo:
-        name = canonicalize_name(todo.pop())
+        one = todo.pop()
+        name, extras = canonicalize_name(one.name), {"", *one.extras}
         try:
-            requirements = [Requirement(text) for text in metadata.requires(name) or []]
+            required = [Requirement(text) for text in metadata.requires(name) or []]
         except metadata.PackageNotFoundError:
             continue
-        if name not in found:
-            found.add(name)
-            todo += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+        fresh = extras - found.setdefault(name, set())
+        found[name] |= extras
+        todo += [r for r in required if any(r.marker is None or r.marker.evaluate({"extra": e}) for e in fresh)]
     folder.mkdir()
     for name in found:
         for file in metadata.files(name) or []:
