@@ -13,7 +13,6 @@ from typing import Any
 from controlllm import vllm_process
 from controlllm.benchmark.check import benchmark_mistake, probe_keys
 from controlllm.config import FSDP, PackConfig, RunConfig
-from controlllm.config.cluster import chosen_profile
 from controlllm.control.blocks import choose_blocks
 from controlllm.control.settings import choose_sites
 from controlllm.data.catalog import dataset_names, find_dataset
@@ -56,6 +55,8 @@ def check(config: RunConfig, *, recipe: str = "", overrides: Sequence[str] = (),
         shape = _model(config)
         mistakes = zero_mistake(config), unquantizable(config, shape), benchmark_mistake(config), report_mistake(config)
         _complain(missing_trackers(config.train.metrics), *mistakes)
+        from controlllm.config.cluster import chosen_profile  # not before a mistake that needs less
+
         profile = chosen_profile()
         if profile:
             _mesh(config, profile.name, profile.processes)

@@ -36,6 +36,7 @@ class Profile(Config):
     service_account: Label | None = None
     """Of the pods; the namespace's default when left out."""
     volumes: list[Volume] = []
+    """Files that all pods see."""
     secrets: dict[str, SecretKey] = {}
     """Environment variables whose values stand in Secrets."""
     env: dict[str, str] = {}
@@ -45,7 +46,9 @@ class Profile(Config):
     data: Pod
     """Ingest, prepare, consolidate: CPU, memory and disk."""
     train: TrainPod
+    """Each node of the training job."""
     serve: ServePod
+    """Benchmark, dial, probe, smoke test."""
     launch: Launch = Launch()
     """Of the launch plans."""
 

@@ -27,6 +27,7 @@ class Notify(Config):
     """Mail at the end of a run that a launch plan started."""
 
     email: list[Address] = []
+    """Mail addresses."""
     slack: list[Address] = []
     """A Slack channel's mail addresses."""
     pagerduty: list[Address] = []
@@ -34,6 +35,7 @@ class Notify(Config):
     on: list[Literal["succeeded", "failed", "timed_out", "aborted"]] = Field(
         default=["failed", "timed_out", "aborted"], min_length=1
     )
+    """The ends that are told."""
 
 
 class Launch(Config):
@@ -44,6 +46,7 @@ class Launch(Config):
     weekly: Cron = "0 4 * * 0"
     """Of `benchmark-weekly`."""
     notify: Notify = Notify()
+    """Who hears how a run ended."""
     approval_hours: Annotated[Number, Field(gt=0)] = 24.0
     """How long a run whose recipe says promote.approval waits for an answer; then it fails."""
 

@@ -40,18 +40,24 @@ class Nfs(Config):
     """A folder of an NFS server."""
 
     server: str
+    """Its name or address."""
     path: MountPath
+    """As the server exports it."""
 
 
 class Volume(Config):
     """Files that every pod sees at `mount`: one of claim, nfs and config_map says whose."""
 
     name: Label
+    """Of the volume within the pod."""
     mount: MountPath
+    """Where the pod sees it."""
     read_only: bool = False
+    """Whether pods may only read it."""
     claim: Label | None = None
     """A PersistentVolumeClaim of the namespace."""
     nfs: Nfs | None = None
+    """A folder of an NFS server."""
     config_map: Label | None = None
     """A ConfigMap, such as a Hadoop cluster's core-site.xml and hdfs-site.xml."""
 
@@ -67,16 +73,22 @@ class SecretKey(Config):
     """A key of a Secret of the namespace."""
 
     secret: Label
+    """The Secret's name."""
     key: str
+    """The key within it."""
 
 
 class Toleration(Config):
     """A taint of nodes that pods accept, as Kubernetes writes it."""
 
     key: str | None = None
+    """The taint's key; every one when left out."""
     operator: Literal["Exists", "Equal"] = "Exists"
+    """Whether the taint has to be there, or to have `value`, too."""
     value: str | None = None
+    """What the taint must be, where `operator` is Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """The taint's effect; every one when left out."""
 
 
 class Queue(Config):
@@ -94,7 +106,9 @@ class Pod(Config):
     image: Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\s{}]*$")]
     """A name that registration is told (`--image train=...`), or a whole reference (with a slash or a colon)."""
     cpu: Quantity
+    """Cores."""
     memory: Quantity
+    """Bytes, such as 16Gi."""
     shared_memory: Quantity | None = None
     """Of /dev/shm, through which processes talk; 64 MiB when left out."""
     resources: dict[str, Quantity] = {}
@@ -104,8 +118,11 @@ class Pod(Config):
     node_selector: dict[str, str] = {}
     """Labels of the nodes, such as the kind of GPU."""
     tolerations: list[Toleration] = []
+    """Taints of nodes that the pod accepts."""
     env: dict[str, str] = {}
+    """Environment variables; what is secret stands under secrets."""
     queue: Queue | None = None
+    """Where Kueue lets the pod wait; none when left out."""
     retries: Count = 0
     """Tries after the first, of failures that another try may cure."""
     timeout_hours: Annotated[Number, Field(gt=0)] | None = None
@@ -133,6 +150,7 @@ class ServePod(Pod):
     """A pod that runs models: benchmark, dial, probe, smoke test."""
 
     gpus: Count = 0
+    """Of one pod."""
 
     @property
     def pod_gpus(self) -> int:
@@ -143,8 +161,11 @@ class TrainPod(Pod):
     """One node of the training job. Nothing else says how many processes there are."""
 
     nodes: Positive
+    """Pods of the job."""
     processes_per_node: Positive
+    """Of one pod."""
     gpus_per_process: Annotated[Count, Field(le=1)]
+    """1, or 0 for a job on CPUs."""
     rendezvous_minutes: Positive = 15
     """How long the first nodes wait for the last."""
 
