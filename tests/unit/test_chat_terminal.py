@@ -42,7 +42,8 @@ def tuned(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    return os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "NO_COLOR": "1"}
+    here = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # the pty's size
+    return here | {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "NO_COLOR": "1"}
 
 
 def test_a_chat_from_start_to_end(tuned, tmp_path, environment):

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import Any
 
 from flyteidl.core import errors_pb2, literals_pb2
 from google.protobuf.json_format import MessageToDict
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+"""As in an image, where Flyte's programs are found by name."""
 
 GRACE_SECONDS = 20
 
@@ -105,7 +109,7 @@ def _start(attempt: Attempt, rank: int, nodes: int, port: int) -> subprocess.Pop
     return subprocess.Popen(
         [given.get(each, each) for each in arguments],
         cwd=work,
-        env={**os.environ, "TMPDIR": str(work), **environment, **attempt.variables, **names},
+        env={**os.environ, "PATH": PATH, "TMPDIR": str(work), **environment, **attempt.variables, **names},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
