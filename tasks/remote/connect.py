@@ -40,7 +40,7 @@ def connect(place: Place) -> FlyteRemote:
     if place.endpoint:
         config = Config.for_endpoint(place.endpoint, insecure=place.insecure)
     else:
-        named = os.environ.get("FLYTECTL_CONFIG")
+        named = os.environ.get("FLYTECTL_CONFIG")  # asked by name: Config.auto() remembers the file it found first
         if named and not Path(named).is_file():
             raise UserError(f"FLYTECTL_CONFIG: {named} is no file; name Flyte's configuration, or give --endpoint")
         if not named and not HOME.expanduser().is_file() and "FLYTE_PLATFORM_URL" not in os.environ:
@@ -48,7 +48,7 @@ def connect(place: Place) -> FlyteRemote:
                 f"no Flyte backend is set: FLYTECTL_CONFIG names no configuration, and {HOME} is not there; set it, "
                 "or give --endpoint HOST:PORT"
             )
-        config = Config.auto()
+        config = Config.auto(named or None)
     project = place.project or os.environ.get("FLYTE_DEFAULT_PROJECT", "flytesnacks")
     domain = place.domain or os.environ.get("FLYTE_DEFAULT_DOMAIN", "development")
     return FlyteRemote(config, default_project=project, default_domain=domain)

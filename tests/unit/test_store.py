@@ -147,7 +147,8 @@ def _one_of_many(_):
 
 
 def test_many_at_once_build_once(store):
-    with multiprocessing.get_context("fork").Pool(8) as pool:
+    # Not forked: other tests of this process may have left threads behind, whose locks a fork would copy.
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
         assert len(set(pool.map(_one_of_many, range(8)))) == 1
     assert (store / "prepare" / "builds").read_text() == "x"
 
