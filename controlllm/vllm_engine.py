@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from controlllm.errors import UserError
+
 # Of the environment in which such a process starts.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,11 +38,13 @@ def open_llm(model: str, *, dtype: str, longest: int, gpus: int, **more: Any) ->
 
 
 def defaults(gpus: int) -> dict[str, Any]:
-    """Of vllm.EngineArgs, what fits the device. gpus: as in `open_llm`."""
+    """Of vllm.EngineArgs, what fits the device. gpus: as in `open_llm`. UserError for a space that vLLM cannot read."""
     if gpus:
         return {"gpu_memory_utilization": GPU_MEMORY, "tensor_parallel_size": gpus}
-    space = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_KV_CACHE)
-    return {"kv_cache_memory_bytes": int(space * (1 << 30)), "block_size": BLOCK}
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or str(CPU_KV_CACHE)
+    if not space.isdecimal():
+        raise UserError(f"VLLM_CPU_KVCACHE_SPACE: vLLM takes whole GiB, such as {CPU_KV_CACHE}; found {space!r}")
+    return {"kv_cache_memory_bytes": int(space) << 30, "block_size": BLOCK}
 
 
 def look_at_the_model_class_here(model: str) -> None:

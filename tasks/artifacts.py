@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 from flytekit import Cache, Deck, FlyteContextManager, HashMethod
@@ -60,6 +60,8 @@ class Recipe(RunConfig):
 DECK: dict[str, Any] = {"enable_deck": True, "deck_fields": ()}
 """Of a task with pages of its own, and without flytekit's, which ask pip that need not be there."""
 
+LOCAL_RUN = "CONTROLLLM_LOCAL_RUN"
+"""Set in the processes that a local run starts."""
 _inputs: list[Path] = []
 """Folders that tasks of this process were given: parents that are not in the store of a pod."""
 
@@ -98,8 +100,15 @@ def _decks(path: Path) -> Mapping[str, str]:
 
 
 def is_local() -> bool:
+    """Whether the task runs here, not in a pod; processes that it starts know it from LOCAL_RUN."""
     state = FlyteContextManager.current_context().execution_state
-    return state is None or state.is_local_execution()
+    return LOCAL_RUN in os.environ or state is None or state.is_local_execution()
+
+
+def end_in_one_line(said: str) -> NoReturn:
+    """End a local run as a command ends on a mistake."""
+    print(f"error: {said}", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def stage_cache(*stages: str) -> Cache:
@@ -120,7 +129,8 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
                 raise FlyteRecoverableException(one_line(error)) from error
             if not is_local() or not isinstance(error, UserError | OSError) or "--debug" in sys.argv:
                 raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            raise SystemExit(1) from None
+            if "RANK" in os.environ:  # one of several processes: the one that started them says it, once
+                raise UserError(one_line(error)) from error
+            end_in_one_line(one_line(error))
 
     return run

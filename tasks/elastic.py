@@ -1,6 +1,10 @@
 """Several training processes in a task, and what Flyte is told when one of them ends without a word."""
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +13,8 @@ from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 
+from controlllm.errors import UserError
+from tasks.artifacts import LOCAL_RUN, end_in_one_line, is_local
 from tasks.live import live_deck
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ class ProcessesTask(PytorchElasticFunctionTask):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # seconds, for training alone
 
         try:
-            with live_deck():
+            with _told_that_it_is_local(), live_deck():
                 return super().execute(**kwargs)
         except FlyteUserRuntimeException as error:
             failed = error.value
@@ -35,9 +41,31 @@ class ProcessesTask(PytorchElasticFunctionTask):
                 raise
             rank, first = failed.get_first_failure()
             if not was_cut_off(first):
+                kind, _, said = str(first.message).partition(": ")
+                if is_local() and kind == UserError.__name__ and "--debug" not in sys.argv:
+                    end_in_one_line(said)
                 raise
             said = f"rank {rank} was lost ({how_it_ended(first)}); what it wrote stands in its pod's log"
             raise FlyteRecoverableException(said, timestamp=first.timestamp) from None
+
+
+@contextmanager
+def _told_that_it_is_local() -> Iterator[None]:
+    """Inside, processes that are started know of a local run; torch then says nothing of those that fail, since what
+    they say is said here."""
+    if not is_local():
+        yield
+        return
+    launcher = logging.getLogger("torch.distributed.elastic")
+    level = launcher.level
+    os.environ[LOCAL_RUN] = "1"
+    if "--debug" not in sys.argv:
+        launcher.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        launcher.setLevel(level)
+        del os.environ[LOCAL_RUN]
 
 
 def was_cut_off(failure: "ProcessFailure") -> bool:

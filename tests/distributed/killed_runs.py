@@ -84,18 +84,23 @@ def pack(base: Path) -> Path:
     return prepare(base, data, mix(), packing, ValidationConfig.model_validate(WATCHED)).path
 
 
-def train(inputs: Inputs, folder: Path, *, size: int = 1, kill: Kill | None = None) -> None:
-    """In `size` new processes; returns when they are done, or were killed where they should be."""
+def train(inputs: Inputs, folder: Path, *, size: int = 1, kill: Kill | None = None, root: Path | None = None) -> None:
+    """In `size` new processes; returns when they are done, or were killed where they should be.
+
+    root: where a cluster profile keeps checkpoints, if it is not `folder`.
+    """
     if kill is None:
-        run(_train, size, inputs, str(folder), None)
+        run(_train, size, inputs, str(folder), None, root)
         return
     with pytest.raises(RuntimeError, match="the process is gone"):
-        run(_train, size, inputs, str(folder), kill)
+        run(_train, size, inputs, str(folder), kill, root)
 
 
-def _train(world: World, inputs: Inputs, folder: str, kill: Kill | None) -> None:
+def _train(world: World, inputs: Inputs, folder: str, kill: Kill | None, root: Path | None) -> None:
     from controlllm.train.fit import fit
 
+    if root:
+        os.environ["CONTROLLLM_CHECKPOINTS"] = str(root)
     torch.set_num_threads(1)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Several processes in a Flyte task: one that is killed makes the task be tried again, a mistake does not."""
+"""Several processes in a Flyte task: one that is killed makes the task be tried again, a mistake does not.
+
+Without a cluster a mistake is one line.
+"""
 
 import subprocess
 import sys
@@ -11,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, signal, sys
 from flytekit import task
+from flytekit.bin.entrypoint import setup_execution
 from flytekit.exceptions.user import FlyteRecoverableException
 from controlllm.errors import Outage, UserError
 from tasks.artifacts import one_line_errors
@@ -29,10 +33,16 @@ def train(how: str) -> int:
     time.sleep(60)
     return 0
 
+def in_a_pod(how):
+    with setup_execution(raw_output_data_prefix="raw"):
+        train.execute(how=how)
+
 if __name__ == "__main__":
+    if sys.argv[1] == "here":
+        train(how=sys.argv[2])
     for how in sys.argv[1:]:
         try:
-            train(how=how)
+            in_a_pod(how)
         except FlyteRecoverableException as error:
             print(how, "recoverable", " ".join(str(error).split()), flush=True)
         except Exception as error:
@@ -40,15 +50,24 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_process_is_tried_again_and_a_mistake_is_not(tmp_path):
+def program(tmp_path, *arguments):
     file = tmp_path / "lost.py"
     file.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", file, "killed", "watchdog", "outage", "mistake"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-W", "ignore", file, *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_a_mistake_in_a_local_run_is_one_line(tmp_path):
+    done = program(tmp_path, "here", "mistake")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "Failed to load" not in line] == [
+        "error: train.lr: said by rank 1"
+    ]
+
+
+def test_a_killed_process_is_tried_again_and_a_mistake_is_not(tmp_path):
+    done = program(tmp_path, "killed", "watchdog", "outage", "mistake")
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert [line[:2] for line in lines] == [
         ["killed", "recoverable"],

@@ -11,6 +11,7 @@ from killed_runs import (
     lines,
     pack,
     rows_of_steps,
+    same_to_the_bit,
     train,
     trained,
 )  # fmt: skip
@@ -121,6 +122,19 @@ def test_every_way_of_training_goes_on(tiny_base, shards, tmp_path, method, prec
 def test_all_of_them_go_on(tiny_base, shards, tmp_path, method, precision, way):
     size, changes = WAYS[way]
     resumes(tiny_base, shards, tmp_path, method=method, precision=precision, size=size, **changes)
+
+
+def test_goes_on_on_another_machine(tiny_base, shards, tmp_path):
+    """Of the first machine nothing is left but what it wrote under the profile's root of checkpoints."""
+    inputs = inputs_of(tiny_base, shards, watched=WATCHED)
+    train(inputs, tmp_path / "whole")
+    root = tmp_path / "root"
+    train(inputs, tmp_path / "first", kill=Kill("forward", 8), root=root)
+    train(inputs, tmp_path / "second", root=root)
+    assert min(rows_of_steps(tmp_path / "second")) > 4
+    assert lines(tmp_path / "second") == lines(tmp_path / "whole")
+    same_to_the_bit(trained(tmp_path / "second"), trained(tmp_path / "whole"))
+    assert len(list(root.iterdir())) == 1
 
 
 @pytest.mark.parametrize("way", ["alone", pytest.param("fsdp", marks=pytest.mark.slow)])

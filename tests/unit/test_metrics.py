@@ -139,6 +139,28 @@ def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(tmp_path, killed
         assert lines(folder, wall=False) == lines(tmp_path / "whole", wall=False)
 
 
+@pytest.mark.parametrize("left", [None, 0, 1, 2])
+@pytest.mark.parametrize("killed_at", [3, 5, STEPS])
+def test_a_run_that_goes_on_elsewhere_takes_its_lines_along(tmp_path, capsys, killed_at, left):
+    """left: lines that an older try has left there."""
+    for name in ("whole", "first", "second"):
+        (tmp_path / name).mkdir()
+    whole_run(tmp_path / "whole")
+    metrics = opened(tmp_path / "first")
+    metrics.event(0, {"validation_loss": 5.0, "retention_kl": 0.0})
+    advance(metrics, range(1, killed_at + 1))
+    state = json.loads(json.dumps(metrics.state()))
+    if left is not None:
+        written = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "second" / "metrics.jsonl").write_text("".join(written[:left]))
+    metrics.close()
+    metrics = opened(tmp_path / "second", step=killed_at, state=state)
+    advance(metrics, range(killed_at + 1, STEPS + 1))
+    metrics.close()
+    assert lines(tmp_path / "second", wall=False) == lines(tmp_path / "whole", wall=False)
+    assert "goes on without" not in capsys.readouterr().err
+
+
 def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path):
     metrics = opened(tmp_path)
     advance(metrics, range(1, STEPS + 1))

@@ -16,8 +16,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from delivering import deliver
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors import safe_open
 from tiny_served import llama, qwen2, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,6 +60,27 @@ def test_the_smoke_test_passes(make: Any, sites: list[int], chat: bool, tmp_path
         layers = 4 + len(sites)  # each with a key and a value of a head of 32 numbers
         assert summary["memory"]["kv_cache"] == layers * summary["memory"]["kv_cache_tokens"] * 2 * 32 * 4
     assert json.loads((tmp_path / "smoke.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("layout", ["concat", "hybrid"])
+def test_a_checkpoint_of_the_base_s_own_files_passes(
+    layout: str, tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base", llama(), sites=[])
+    model, _ = deliver(base, tmp_path, control={"num_expanded": 2, "layout": layout})
+    linked = [file.name for file in model.glob("*.safetensors") if file.stat().st_nlink > 1]
+    assert linked
+    assert not any(".frozen." in name for name in tensor_names(model / linked[0]))
+    assert main(["smoke", str(model), "--prompts", "4", "--max-new-tokens", "8"]) == 0, capsys.readouterr().err
+    summary = json.loads((Path(capsys.readouterr().out.splitlines()[-1]).with_name("smoke.json")).read_text())
+    assert summary["passed"]
+    assert summary["agreement"] == 1.0
+    assert summary["logprob_difference"] < 1e-4
+
+
+def tensor_names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
 
 
 def test_an_interpolation_that_no_engine_knows_is_one_line(
