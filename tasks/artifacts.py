@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import click
-from flytekit import Cache, Deck, FlyteContextManager, HashMethod
+from flytekit import Cache, Deck, FlyteContextManager, HashMethod, current_context
 from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
@@ -77,11 +77,17 @@ def local(directory: FlyteDirectory) -> Path:
     """The folder on this machine's disk. UserError where a storage has lost it."""
     folder = Path(str(directory.download()))
     if not folder.is_dir():
-        gone = "is not there any more: run again without the cache (pyflyte run --overwrite-cache)"
-        raise UserError(f"{directory.remote_source or folder}: {gone}")
+        raise UserError(f"{directory.remote_source or folder}: is not there any more; {_made_again_by()}")
     if find_lineage(folder) is not None and folder not in _inputs:
         _inputs.append(folder)
     return folder
+
+
+def _made_again_by() -> str:
+    if is_local():
+        return "name another folder, or run the stage that makes it"
+    run = current_context().execution_id.name
+    return f"if a stage of this run made it, controlllm runs rerun {run} --relaunch --again makes it again"
 
 
 def show(make: Callable[[], Mapping[str, str]]) -> None:

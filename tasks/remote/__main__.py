@@ -147,7 +147,7 @@ def rerun(
     ] = None,
     recover: Annotated[bool, typer.Option("--recover", help="Take over what succeeded, run the rest.")] = False,
     relaunch: Annotated[bool, typer.Option("--relaunch", help="The same plan and inputs, from the beginning.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="With --from: compute what Flyte has cached, too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Not with --recover: compute what Flyte has cached.")] = False,
     version: Annotated[str | None, typer.Option("--version", help="With --from: registered; else the run's.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until it ends; exit code 1 if it fails.")] = False,
     endpoint: Endpoint = None,
@@ -163,8 +163,10 @@ def rerun(
     """
     if (begin is not None) + recover + relaunch != 1:
         raise UserError("rerun: say how, with one of --from STAGE, --recover and --relaunch")
-    if begin is None and (overrides or again or version):
-        raise UserError("rerun: KEY=VALUE, --again and --version go with --from STAGE")
+    if begin is None and (overrides or version):
+        raise UserError("rerun: KEY=VALUE and --version go with --from STAGE")
+    if recover and again:
+        raise UserError("rerun: --again goes with --from STAGE or --relaunch; --recover takes over what succeeded")
     from tasks.remote import rerun as ways
     from tasks.remote.connect import Place, answers, connect
 
@@ -173,7 +175,7 @@ def rerun(
         if begin is not None:
             new = ways.rerun_from(remote, run, begin, overrides=overrides or [], version=version, again=again)
         else:
-            new = ways.recover(remote, run) if recover else ways.relaunch(remote, run)
+            new = ways.recover(remote, run) if recover else ways.relaunch(remote, run, again=again)
     print(new, flush=True)
     if wait:
         _wait(remote, new)

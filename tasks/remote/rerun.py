@@ -57,9 +57,14 @@ def recover(remote: FlyteRemote, name: str) -> str:
     return remote.client.recover_execution(identity_of(remote, name)).name
 
 
-def relaunch(remote: FlyteRemote, name: str) -> str:
-    """The same launch plan and inputs; Flyte's cache answers where it can."""
-    return remote.client.relaunch_execution(identity_of(remote, name)).name
+def relaunch(remote: FlyteRemote, name: str, *, again: bool) -> str:
+    """The same launch plan and inputs. again: Flyte's cache is not asked; it then keeps what is made now."""
+    if not again:
+        return remote.client.relaunch_execution(identity_of(remote, name)).name
+    run = run_of(remote, name)
+    plan = remote.fetch_launch_plan(name=run.plan, version=run.version)
+    given = remote.client.get_execution_data(identity_of(remote, name)).full_inputs.literals
+    return remote.execute(plan, inputs=dict(given), overwrite_cache=True).id.name
 
 
 def rerun_from(

@@ -39,7 +39,6 @@ SHOWN = {
     "lora": "LoRA", "dora": "DoRA, rsLoRA", "ia3": "IA3", "prompt": "prompt tuning", "prefix": "prefix tuning",
     "q-control": "Control LLM, nf4", "qlora": "LoRA, nf4", "partial": "partial", "full": "full",
 }  # fmt: skip
-MAIN = ("control", "lora", "full")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ PRELOADED = [
     "torch",
     "transformers.models.llama.modeling_llama",
     "controlllm.train.fit",
+    "controlllm.train.hf",
+    "peft",
+    "deepspeed",
     "rouge_score.rouge_scorer",
     "sacrebleu.metrics.bleu",
 ]

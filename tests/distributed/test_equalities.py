@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from equalities import BOUND, MAIN, SHOWN, STRATEGIES, TRAINERS, cells, measure, refusal, table
+from equalities import BOUND, SHOWN, STRATEGIES, TRAINERS, cells, measure, refusal, table
 
 pytestmark = pytest.mark.distributed
 DOCS = Path(__file__).parents[2] / "docs" / "equalities.md"
@@ -31,8 +31,8 @@ def test_all_that_is_refused_is_refused_with_that_line(recipe):
         assert (notes[there.strip("[]")] if there.startswith("[") else None) == line, cell
 
 
-def test_the_main_methods_are_equal(tiny_base, recipe, tmp_path):
-    found = measure(tiny_base, recipe, tmp_path, MAIN)
+def test_control_is_equal_everywhere(tiny_base, recipe, tmp_path):
+    found = measure(tiny_base, recipe, tmp_path, ("control",))
     assert {cell.name: apart for cell, apart in found.apart.items() if apart > BOUND} == {}
     named, _ = written()
     assert all(named[f"{cell.trainer}, {cell.strategy}", SHOWN[cell.method]] == "=" for cell in found.apart)

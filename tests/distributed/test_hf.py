@@ -8,7 +8,7 @@ from controlllm.train.distributed import World
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 50
+STEPS = 20
 SHARDED = {"kind": "fsdp"}
 EXACT = ("lr", "tokens", "targets", "step")
 LOSSES = ("loss", "cross_entropy", "divergence")

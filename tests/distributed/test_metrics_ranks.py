@@ -23,13 +23,13 @@ pytestmark = pytest.mark.distributed
 IDS = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
-def sharded_run(world, folder):
+def sharded_run(world, folder, compiled):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(use_cache=False))
     model = expand_model(model, ControlSettings.resolve(ControlConfig(num_expanded=2), num_layers=4)).train()
     control_blocks(model)[1].interpolation.get_parameter("alpha_logit").data.fill_(math.log(3))
     cost = step_cost(model)
-    parallel = parallelize(model, world, TrainConfig(precision="float32", parallel=FSDP(), compile="aot_eager"))
+    parallel = parallelize(model, world, TrainConfig(precision="float32", parallel=FSDP(), compile=compiled))
     metrics = Metrics(folder, MetricsConfig(every=2), world=world, run=RunFacts("a", "a", {}), model=model)
     with profile(ProfileConfig(rank=1, wait=0, warmup=0, active=1, flops=True), folder, world) as step:
         for number in range(1, 4):
@@ -42,8 +42,9 @@ def sharded_run(world, folder):
     return cost.step([40], targets=39, causal=False)
 
 
-def test_two_processes_write_one_file(tmp_path):
-    useful, _ = run(sharded_run, 2, tmp_path)
+@pytest.mark.parametrize("compiled", ["none", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_two_processes_write_one_file(tmp_path, compiled):
+    useful, _ = run(sharded_run, 2, tmp_path, compiled)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3]
     assert [row["data_seconds"] for row in rows] == [1.0, 0.5]  # of process 1, who waited longer

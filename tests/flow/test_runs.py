@@ -110,10 +110,28 @@ def test_a_stage_runs_by_its_launch_plan_and_then_comes_from_the_cache(backend, 
     assert all(name in listed for name in names)
     found = [json.loads(runs("show", name, "--json")[1]) for name in names]
     assert [run["stages"][0]["cache"] for run in found] == ["computed", "cached"]
+    code, again = runs("rerun", names[1], "--relaunch", "--again", "--wait")
+    assert code == 0, again
+    third = json.loads(runs("show", again.splitlines()[0], "--json")[1])
+    assert third["stages"][0]["cache"] == "computed anew"
     code, compared = runs("diff", *names)
     assert code == 0
     assert "the same settings" in compared
     assert "same" in next(line for line in compared.splitlines() if line.startswith(" ingest"))
+
+
+def test_an_input_that_the_storage_has_lost_is_named(backend, place, runs):
+    from controlllm.config import load_config
+    from tasks.prepare import prepare
+
+    config = load_config(place / "tiny.yaml")
+    inputs = {name: getattr(config, name) for name in ("mix", "pack", "validation")} | {"parts": []}
+    name = launch(backend, "stage-prepare", prepare, base=place / "gone", data=place / "gone", **inputs)
+    backend.wait(name)
+    shown = json.loads(runs("show", name, "--json")[1])
+    assert shown["state"] == "failed"
+    assert f"{place / 'gone'}: is not there any more" in shown["stages"][0]["error"]
+    assert f"controlllm runs rerun {name} --relaunch --again" in shown["stages"][0]["error"]
 
 
 def test_mistakes_are_one_line(backend, runs, tmp_path, monkeypatch):

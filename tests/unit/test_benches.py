@@ -28,6 +28,7 @@ def test_loop_overhead():
     assert len(re.findall(r"^(?:CPU|wall): .* ratio \d+\.\d{3} ", out, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_wire_bytes_are_those_of_the_trained_share():
     out = bench("wire_bytes", "--hidden", "32")
