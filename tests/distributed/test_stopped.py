@@ -72,7 +72,7 @@ def uninterrupted(recipe, tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("trainer", ["native", "transformers"])
+@pytest.mark.parametrize("trainer", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(recipe, store, name, code, trainer):
     short = [*SHORT, f"train.trainer={trainer}"]

@@ -33,6 +33,7 @@ def result(store: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "trained.safetensors")
 
 
+@pytest.mark.slow
 def test_two_are_one(recipe, store, tmp_path, monkeypatch):
     """With shares that are not equal; the ways of training and sharing are compared in test_parallel.py."""
     changes = ["control={num_expanded: 2, interpolation: moe_hard, teacher: trajectory}", "train.global_batch_size=3"]

@@ -116,7 +116,7 @@ def alone(tokenizer):
     return found["ddp"]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_change_no_digit(alone, tokenizer, size):
     (one_loss, trains), ((metrics, samples), (later, _), _) = alone
     assert trains

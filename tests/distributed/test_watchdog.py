@@ -99,7 +99,7 @@ def test_a_rank_that_fails_alone_ends_all(runs):
     assert "error: rank 1 ended with an error, and others wait for it: internal error: ValueError: only here" in said[0]
 
 
-@pytest.mark.parametrize(("how", "phase"), [("stop", "forward"), ("kill", "save")])
+@pytest.mark.parametrize(("how", "phase"), [pytest.param("stop", "forward", marks=pytest.mark.slow), ("kill", "save")])
 def test_nothing_is_left_under_torchrun(how, phase):
     script = str(Path(hanging.__file__))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", script]

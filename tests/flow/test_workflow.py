@@ -114,7 +114,10 @@ def test_two_processes_by_cluster_profile_that_do_not_wait_for_their_data(place)
     ({"train": {"stepz": 3}}, "unknown key 'train.stepz'; did you mean 'steps'?"),
     pytest.param({"control": {"num_expanded": 3}}, "3 does not divide the model's 4 layers", marks=pytest.mark.slow),
     ({"model": {"name": "./nowhere"}}, "nowhere"),
-    ({"pack": {"context_length": 16, "overlong": "error"}}, "do not fit into pack.context_length 16"),
+    pytest.param(
+        {"pack": {"context_length": 16, "overlong": "error"}}, "do not fit into pack.context_length 16",
+        marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
 def test_mistakes_are_one_line(place, sections, says):
     done = finetune(place, changed(place, "wrong.yaml", **sections))

@@ -157,7 +157,11 @@ def test_checkpointed_blocks_keep_less():
     assert kept_bytes(model) < 0.5 * everything
 
 
-@pytest.mark.parametrize(("kernel", "mode"), [("packed", "none"), ("packed", "full"), ("sdpa", "selective")])
+@pytest.mark.parametrize(("kernel", "mode"), [
+    ("packed", "full"),
+    pytest.param("packed", "none", marks=pytest.mark.slow),
+    pytest.param("sdpa", "selective", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiled_is_uncompiled_at_ten_lengths_from_a_few_forms(kernel, mode):
     plain, model = small(kernel), small(kernel)
     names = list(dict(model.named_parameters()))

@@ -23,6 +23,7 @@ def bench(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_loop_overhead():
     out = bench("loop_overhead", *TINY, "--rounds", "2")
     assert len(re.findall(r"^(?:CPU|wall): .* ratio \d+\.\d{3} ", out, re.MULTILINE)) == 2
@@ -54,6 +55,7 @@ def test_fsdp_peer_loses_the_same():
     assert re.search(r"^ratio control-float32: tokens/s [\d.]+ ", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_packing():
     out = bench("checkpoint", "--megabytes", "8", "--rounds", "1")
     (ratio,) = re.findall(r"^size E = 8 of 32: .* = ([\d.]+) \(bar 0.25\)", out, re.MULTILINE)

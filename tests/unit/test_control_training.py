@@ -66,8 +66,12 @@ def test_what_stays_still_inside_a_pair(settings, still):
     assert set(gradients(model)) == trained(model)
 
 
-@pytest.mark.parametrize("layout", ["concat", "hybrid"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "layout"), [
+    (torch.float32, "concat"),
+    (torch.bfloat16, "hybrid"),
+    pytest.param(torch.float32, "hybrid", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "concat", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_thousand_steps_leave_every_frozen_tensor_alone(dtype, layout):
     model = expanded(
         tiny("Llama", tie_word_embeddings=True, num_hidden_layers=2, **SMALL).to(dtype), (0, 1), layout=layout
