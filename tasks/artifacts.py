@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 import click
 from flytekit import Cache, Deck, FlyteContextManager, HashMethod, current_context
 from flytekit.exceptions.system import FlyteDownloadDataException, FlyteUploadDataException
-from flytekit.exceptions.user import FlyteRecoverableException
+from flytekit.exceptions.user import FlyteDataNotFoundException, FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 from pydantic import ValidationError
 
@@ -75,8 +75,11 @@ def publish(path: Path) -> FlyteDirectory:
 
 def local(directory: FlyteDirectory) -> Path:
     """The folder on this machine's disk. UserError where a storage has lost it."""
-    folder = Path(str(directory.download()))
-    if not folder.is_dir():
+    try:
+        folder = Path(str(directory.download()))
+    except FlyteDataNotFoundException:
+        folder = None
+    if folder is None or not folder.is_dir():
         raise UserError(f"{directory.remote_source or folder}: is not there any more; {_made_again_by()}")
     if find_lineage(folder) is not None and folder not in _inputs:
         _inputs.append(folder)

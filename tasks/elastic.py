@@ -41,7 +41,7 @@ class ProcessesTask(PytorchElasticFunctionTask):
                 raise
             rank, first = failed.get_first_failure()
             if not was_cut_off(first):
-                kind, _, said = str(first.message).partition(": ")
+                kind, _, said = _words(first).partition(": ")
                 if is_local() and kind == UserError.__name__ and "--debug" not in sys.argv:
                     end_in_one_line(said)
                 raise
@@ -51,21 +51,30 @@ class ProcessesTask(PytorchElasticFunctionTask):
 
 @contextmanager
 def _told_that_it_is_local() -> Iterator[None]:
-    """Inside, processes that are started know of a local run; torch then says nothing of those that fail, since what
-    they say is said here."""
+    """Inside, processes that are started know of a local run; torch says nothing of those that fail, since what they
+    say is said here.
+    """
     if not is_local():
         yield
         return
-    launcher = logging.getLogger("torch.distributed.elastic")
-    level = launcher.level
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    before = [logger.level for logger in loggers]
     os.environ[LOCAL_RUN] = "1"
-    if "--debug" not in sys.argv:
-        launcher.setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # flytekit would set it, and say so in eight lines
     try:
+        for logger in loggers if "--debug" not in sys.argv else ():
+            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        launcher.setLevel(level)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
         del os.environ[LOCAL_RUN]
+
+
+def _words(failure: "ProcessFailure") -> str:
+    """Kind and text of the exception; torch has them in a dict, or has taken them out of it."""
+    message: Any = failure.message
+    return str(message["message"] if isinstance(message, dict) else message)
 
 
 def was_cut_off(failure: "ProcessFailure") -> bool:

@@ -79,9 +79,14 @@ def identity_of(remote: FlyteRemote, name: str) -> WorkflowExecutionIdentifier:
 
 
 def first_line(message: str) -> str:
-    """What a person needs of an error: the exception's own words, without the traceback before them."""
+    """What a person needs of an error: the exception's own words, without the traceback before them.
+
+    A line that ends with a colon goes on in the next.
+    """
     said = message.rpartition("Message:")[2].strip() or message.strip()
-    return said.splitlines()[0].strip() if said else ""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    upto = next((number for number, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:upto])
 
 
 def _run(remote: FlyteRemote, execution: Any, stages: list[Stage] | None = None) -> Run:

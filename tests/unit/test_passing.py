@@ -69,3 +69,13 @@ def test_a_missing_file_there_is_none():
     with pytest.raises(UserError, match="no such file") as raised, told("s3://bucket/file"):
         raise FileNotFoundError
     assert not is_passing(raised.value)
+
+
+def test_a_folder_that_the_storage_has_lost_is_no_outage():
+    from flytekit.types.directory import FlyteDirectory
+
+    from tasks.artifacts import local
+
+    with pytest.raises(UserError, match=r"^memory://lost/folder: is not there any more; ") as lost:
+        local(FlyteDirectory.from_source("memory://lost/folder"))
+    assert not is_passing(lost.value)
