@@ -1,5 +1,6 @@
 """The backend that Flyte's own configuration names, and its errors as one line."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from flytekit.exceptions.user import (
     FlyteInvalidInputException,
     FlyteTimeout,
 )
+from flytekit.loggers import logger
 from flytekit.remote import FlyteRemote
+from rich.console import Console
+from rich.logging import RichHandler
 
 from controlllm.errors import Outage, UserError
 
@@ -37,6 +41,7 @@ class Place:
 
 def connect(place: Place) -> FlyteRemote:
     """UserError where nothing says which backend is meant."""
+    _keep_output_clean()
     if place.endpoint:
         config = Config.for_endpoint(place.endpoint, insecure=place.insecure)
     else:
@@ -52,6 +57,15 @@ def connect(place: Place) -> FlyteRemote:
     project = place.project or os.environ.get("FLYTE_DEFAULT_PROJECT", "flytesnacks")
     domain = place.domain or os.environ.get("FLYTE_DEFAULT_DOMAIN", "development")
     return FlyteRemote(config, default_project=project, default_domain=domain)
+
+
+def _keep_output_clean() -> None:
+    """flytekit says its doubts about types on stdout, where scripts look for the name of a run."""
+    for handler in logger.handlers:
+        if isinstance(handler, RichHandler):
+            handler.console = Console(stderr=True)
+    if "FLYTE_SDK_LOGGING_LEVEL" not in os.environ:
+        logger.setLevel(logging.ERROR)
 
 
 @contextmanager
