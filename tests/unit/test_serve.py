@@ -68,6 +68,16 @@ def test_the_command_is_vllms_with_our_defaults(made: Path, monkeypatch: pytest.
     assert line[-3:] == ["--enforce-eager", "--api-key", "k"]
 
 
+@pytest.mark.parametrize("space", ["1.5", "lots"])
+def test_a_cache_that_vllm_cannot_read_is_one_line(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], space: str
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    assert main(["serve", str(made), "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: VLLM_CPU_KVCACHE_SPACE: vLLM takes whole GiB, such as 2; found '{space}'\n"
+
+
 def test_on_gpus_vllm_chooses(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_module, "_on_gpu", lambda: True)
     line = command(Serving(made, tensor_parallel=2))
