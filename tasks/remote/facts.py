@@ -81,12 +81,14 @@ def identity_of(remote: FlyteRemote, name: str) -> WorkflowExecutionIdentifier:
 def first_line(message: str) -> str:
     """What a person needs of an error: the exception's own words, without the traceback before them.
 
-    A line that ends with a colon goes on in the next.
+    Of an input that flytekit cannot read also its exception, which stands behind the whole literal.
     """
     said = message.rpartition("Message:")[2].strip() or message.strip()
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    upto = next((number for number, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
-    return " ".join(lines[:upto])
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [""]
+    if not lines[0].endswith(":"):
+        return lines[0]
+    causes = [line for line in lines[1:] if line.startswith("Exception: ")]
+    return " ".join([lines[0], *(causes or lines[1:])[:1]])
 
 
 def _run(remote: FlyteRemote, execution: Any, stages: list[Stage] | None = None) -> Run:

@@ -130,8 +130,8 @@ def test_an_input_that_the_storage_has_lost_is_named(backend, place, runs):
     backend.wait(name)
     shown = json.loads(runs("show", name, "--json")[1])
     assert shown["state"] == "failed"
-    assert "input 'base'" in shown["stages"][0]["error"]
-    assert str(place / "gone") in shown["stages"][0]["error"]
+    assert "Error converting input" in shown["stages"][0]["error"]
+    assert f"'{place / 'gone'}' is not a directory" in shown["stages"][0]["error"]
 
 
 def test_mistakes_are_one_line(backend, runs, tmp_path, monkeypatch):
