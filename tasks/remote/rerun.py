@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flyteidl.admin.execution_pb2 import ExecutionRelaunchRequest
+from flytekit.clients.raw import RawSynchronousFlyteClient
 from flytekit.models.core.identifier import WorkflowExecutionIdentifier
 from flytekit.remote import FlyteRemote
 
@@ -59,12 +61,9 @@ def recover(remote: FlyteRemote, name: str) -> str:
 
 def relaunch(remote: FlyteRemote, name: str, *, again: bool) -> str:
     """The same launch plan and inputs. again: Flyte's cache is not asked; it then keeps what is made now."""
-    if not again:
-        return remote.client.relaunch_execution(identity_of(remote, name)).name
-    run = run_of(remote, name)
-    plan = remote.fetch_launch_plan(name=run.plan, version=run.version)
-    given = remote.client.get_execution_data(identity_of(remote, name)).full_inputs.literals
-    return remote.execute(plan, inputs=dict(given), overwrite_cache=True).id.name
+    request = ExecutionRelaunchRequest(id=identity_of(remote, name).to_flyte_idl(), overwrite_cache=again)
+    # The client's own relaunch_execution, which calls this one, knows no overwrite_cache.
+    return RawSynchronousFlyteClient.relaunch_execution(remote.client, request).id.name
 
 
 def rerun_from(

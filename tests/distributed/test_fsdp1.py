@@ -19,10 +19,10 @@ from controlllm.train.trained import whole_trained_tensors
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 8
+STEPS = 20
 FSDP1 = {"trainer": "transformers", "parallel": {"kind": "fsdp", "version": 1}}
 LOSSES = ("loss", "cross_entropy", "divergence")
-COMMON = {"steps": STEPS, "lr": 2e-3, "optimizer": {"weight_decay": 0.1}, "checkpoint": {"every": 4}}
+COMMON = {"steps": STEPS, "lr": 2e-3, "optimizer": {"weight_decay": 0.1}, "checkpoint": {"every": 10}}
 RAMP = {"kind": "linear", "final": 0.9, "steps": 6}
 METHODS["moved"] = {"control": {"num_expanded": 2, "train_alpha": False, "alpha_schedule": RAMP}}
 

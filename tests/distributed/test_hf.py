@@ -8,7 +8,7 @@ from controlllm.train.distributed import World
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 20
+STEPS = 50
 SHARDED = {"kind": "fsdp"}
 EXACT = ("lr", "tokens", "targets", "step")
 LOSSES = ("loss", "cross_entropy", "divergence")

@@ -23,7 +23,7 @@ def zero(stage, *, offload=False, **changes):
     return {"trainer": "transformers", "parallel": parallel} | changes
 
 
-LONG = {"steps": 8, "lr": 2e-3}
+LONG = {"steps": 20, "lr": 2e-3}
 ONE = {"global_batch_size": 2}
 THREE = {"global_batch_size": 5}  # three micro-batches, the last of them empty on one process
 ALIKE = [
